@@ -1,0 +1,301 @@
+"""Train the English-German reference models: LLM, SLM, hand-off, and a hand-off to a decoder-only SLM.
+
+    python recipes/en_de.py --data deu-eng.zip                 every stage, in order; run again to continue
+    python recipes/en_de.py --data deu-eng.zip --processes 2   two training processes (torchrun)
+    python recipes/en_de.py --data deu-eng.zip handoff         one stage
+
+A finished stage is skipped; an interrupted training continues from its last checkpoint.
+Data: Tatoeba English-German (CC BY 2.0), the zip from manythings.org/anki.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
+
+from baton.data.formats import read_pairs
+from baton.data.tatoeba import read_tatoeba, split_tatoeba
+from baton.handoff.card import conditions, handoff_card, results_table
+from baton.handoff.config import HandoffConfig, HandoffOptions
+from baton.handoff.evaluate import evaluate
+from baton.handoff.label import label
+from baton.handoff.model import HandoffModel
+from baton.handoff.training import train_handoff
+from baton.models.loading import load
+from baton.models.text import TextToText
+from baton.train.dataset import PairDataset
+from baton.train.options import TrainOptions
+from baton.train.tokenizers import train_bpe
+from baton.train.trainer import make_trainer, run
+from baton.types import Pair
+
+# stage: (what it makes, whether torchrun may run it)
+STAGES = {
+    "tokenizers": False,
+    "llm": True,
+    "labels": False,
+    "slm-start": True,  # the SLM trained alone, from which both of the next start
+    "slm": True,  # ... trained on, alone
+    "handoff": True,  # ... trained on, with what the LLM has read
+    "gpt-start": True,
+    "gpt": True,
+    "gpt-handoff": True,
+    "publish": False,  # into models/, with cards; measured results into benchmarks/results/
+}
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB, GPT_VOCAB = 3072, 1536
+LLM = TrainOptions(
+    max_steps=1250,
+    batch_size=512,
+    learning_rate=6e-3,
+    embedding_lr=3e-2,
+    warmup=0.04,
+    eval_every=200,
+    save_every=100,
+    patience=0,
+    max_quality_examples=0,
+)
+# Both halves of a comparison use the same options: same labels, same steps, same schedule.
+START = replace(LLM, max_steps=1000, save_every=250, eval_every=250)
+CONTINUE = replace(START, max_steps=1500, learning_rate=3e-3, embedding_lr=1e-2)
+GPT_RATES: dict[str, Any] = {"embedding_lr": 3e-3}  # its embeddings start at a scale of 0.02, those of T5 at 1
+
+
+def t5(*, d_model: int, d_kv: int, num_heads: int, d_ff: int, encoder: int, decoder: int) -> PreTrainedModel:
+    """A new T5-shaped model, initialised from seed 0."""
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB,
+            d_model=d_model,
+            d_kv=d_kv,
+            num_heads=num_heads,
+            d_ff=d_ff,
+            num_layers=encoder,
+            num_decoder_layers=decoder,
+            dropout_rate=0.0,
+            feed_forward_proj="relu",
+            decoder_start_token_id=0,
+            n_positions=512,
+        )
+    )
+
+
+def gpt() -> PreTrainedModel:
+    """A new GPT-2-shaped model, initialised from seed 0."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=GPT_VOCAB, n_positions=256, n_embd=160, n_layer=2, n_head=5, n_inner=640)
+    config.bos_token_id = config.eos_token_id = 1
+    config.pad_token_id = 0
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return GPT2LMHeadModel(config)
+
+
+class Recipe:
+    """One method per stage; each fills one folder under `out`."""
+
+    def __init__(self, data: Path, out: Path) -> None:
+        self.out = out
+        self.train, self.validation, self.test = split_tatoeba(read_tatoeba(data))
+
+    def tokenizers(self) -> None:
+        """One for LLM and SLM, a smaller one for the decoder-only SLM."""
+        texts = [s for p in self.train for s in (p.prompt, p.response)]
+        train_bpe(texts, VOCAB, append_eos=True).save_pretrained(self.out / "tokenizers" / "t5")
+        train_bpe(texts, GPT_VOCAB, append_eos=False).save_pretrained(self.out / "tokenizers" / "gpt")
+        for name, pairs in (("validation", self.validation), ("test", self.test)):
+            rows = ({"prompt": p.prompt, "response": p.response, "references": list(p.accepted)} for p in pairs)
+            lines = [json.dumps(row if len(row["references"]) > 1 else _short(row), ensure_ascii=False) for row in rows]
+            (self.out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def llm(self) -> bool:
+        model = t5(d_model=256, d_kv=64, num_heads=4, d_ff=704, encoder=6, decoder=8)
+        return self._alone(model, "t5", self.train, LLM, "llm")
+
+    def labels(self) -> None:
+        """The LLM's own greedy translation of every training sentence: sequence-level distillation (arXiv 1606.07947)."""
+        prompts = list(dict.fromkeys(p.prompt for p in self.train))
+        with Progress() as bar:
+            task = bar.add_task("labels", total=len(prompts))
+            label(
+                load(self.out / "llm"),
+                prompts,
+                self.out / "labels" / "labels.jsonl",
+                max_new_tokens=96,
+                batch_size=256,
+                on_progress=lambda done, total: bar.update(task, completed=done),
+            )
+
+    def slm_start(self) -> bool:
+        model = t5(d_model=192, d_kv=32, num_heads=6, d_ff=384, encoder=1, decoder=1)
+        return self._alone(model, "t5", self._labelled(), START, "slm-start")
+
+    def slm(self) -> bool:
+        model = T5ForConditionalGeneration.from_pretrained(self.out / "slm-start", dtype=torch.float32)
+        return self._alone(model, "t5", self._labelled(), CONTINUE, "slm")
+
+    def handoff(self) -> bool:
+        return self._handoff("slm-start", CONTINUE, "handoff")
+
+    def gpt_start(self) -> bool:
+        return self._alone(gpt(), "gpt", self._labelled(), replace(START, **GPT_RATES), "gpt-start")
+
+    def gpt(self) -> bool:
+        model = GPT2LMHeadModel.from_pretrained(self.out / "gpt-start", dtype=torch.float32)
+        return self._alone(model, "gpt", self._labelled(), replace(CONTINUE, **GPT_RATES), "gpt")
+
+    def gpt_handoff(self) -> bool:
+        return self._handoff("gpt-start", replace(CONTINUE, **GPT_RATES), "gpt-handoff")
+
+    def publish(self) -> None:
+        """Copy the four models to their place, measure them there and write the numbers into cards and README."""
+        folders = {name: ROOT / "models" / f"en-de-{name}" for name in ("llm", "slm", "handoff", "handoff-gpt")}
+        for name in ("llm", "slm"):
+            writer = load(self.out / name, dtype=torch.bfloat16)
+            writer.lm.save_pretrained(folders[name])
+            writer.response_tokenizer.save_pretrained(folders[name])
+        for source, target, alone, held_out in (
+            ("handoff", "handoff", str(folders["slm"]), "test.jsonl"),
+            ("gpt-handoff", "handoff-gpt", None, "../en-de-handoff/test.jsonl"),
+        ):
+            model = HandoffModel.from_pretrained(self.out / source, llm=folders["llm"], dtype=torch.bfloat16)
+            model.config.slm_alone, model.config.held_out = alone, held_out
+            model.save_pretrained(folders[target])
+        shutil.copy(self.out / "test.jsonl", folders["handoff"])
+        reports = {
+            "handoff": self._measure(folders["handoff"], None),
+            "handoff-gpt": self._measure(folders["handoff-gpt"], self.out / "gpt"),
+        }
+        write_cards(folders, reports)
+
+    def _measure(self, folder: Path, slm: Path | None) -> dict[str, Any]:
+        with Progress() as bar:
+            tasks: dict[str, Any] = {}
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done)
+
+            report = evaluate(folder, slm=slm, progress=show).to_dict()
+        path = ROOT / "benchmarks" / "results" / f"{folder.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return report
+
+    def _labelled(self) -> list[Pair]:
+        return read_pairs(self.out / "labels" / "labels.jsonl")[0]
+
+    def _alone(
+        self, model: PreTrainedModel, tokenizer_name: str, train: list[Pair], options: TrainOptions, stage: str
+    ) -> bool:
+        tokenizer = AutoTokenizer.from_pretrained(self.out / "tokenizers" / tokenizer_name)
+        datasets = [PairDataset(pairs, tokenizer, tokenizer) for pairs in (train, self.validation)]
+        trainer = make_trainer(
+            TextToText(model), *datasets, out=self.out / stage / "run", options=options, prompt_pad_id=0
+        )
+        finished = run(trainer)
+        if finished and trainer.is_world_process_zero():
+            model.to(torch.bfloat16).save_pretrained(self.out / stage)
+            tokenizer.save_pretrained(self.out / stage)
+        return finished
+
+    def _handoff(self, slm: str, options: TrainOptions, stage: str) -> bool:
+        return train_handoff(
+            llm=self.out / "llm",
+            slm=self.out / slm,
+            pairs=self._labelled(),
+            validation=self.validation,
+            out=self.out / stage,
+            options=HandoffOptions(),
+            train=options,
+        )
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["prompt"], "response": row["response"]}
+
+
+DATA = "Tatoeba English-German sentence pairs, tatoeba.org through manythings.org/anki, CC BY 2.0; split by English sentence"
+COMMAND = "python recipes/en_de.py --data deu-eng.zip"
+
+
+def write_cards(folders: dict[str, Path], reports: dict[str, dict[str, Any]]) -> None:
+    """README.md of each model, and the results between the markers of the project's README."""
+    for name, text in (
+        ("llm", "The large model: T5 shape, 6 encoder and 8 decoder layers, width 256. Trained on the human translations."),
+        ("slm", "The small model alone: T5 shape, 1 encoder and 1 decoder layer, width 192. Trained on the same labels "
+                "(the large model's greedy translations), steps and schedule as the hand-off: its baseline."),
+    ):  # fmt: skip
+        report = reports["handoff"]
+        (folders[name] / "README.md").write_text(
+            f'---\nlicense: "cc-by-2.0"\nlanguage: ["en", "de"]\npipeline_tag: "translation"\n---\n\n# en-de-{name}\n\n{text}\n\n'
+            f"- Parameters: {report['parameters'][name]:,}\n- Data: {DATA}\n- Made by: `{COMMAND}`\n\n"
+            f"## Results\n\n{results_table(report, (name,))}\n\n{conditions(report)}\n",
+            encoding="utf-8",
+        )
+    for name in ("handoff", "handoff-gpt"):
+        config = HandoffConfig.from_pretrained(folders[name])
+        card = handoff_card(
+            config,
+            title=f"en-de-{name}",
+            data=f"{DATA}; responses are the LLM's own greedy translations of the training sentences",
+            command=COMMAND,
+            report=reports[name],
+            licence="cc-by-2.0",
+            notes=f"Measured by `baton eval handoff models/en-de-{name}`; raw numbers in "
+            f"`benchmarks/results/en-de-{name}.json`.",
+        )
+        (folders[name] / "README.md").write_text(card, encoding="utf-8")
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split("<!-- results -->")
+    after = rest.split("<!-- end of results -->")[1]
+    table = f"\n{results_table(reports['handoff'])}\n\n{conditions(reports['handoff'])}\n"
+    readme.write_text(f"{before}<!-- results -->{table}<!-- end of results -->{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"any of {', '.join(STAGES)}; none means all")
+    parser.add_argument("--data", type=Path, required=True, help="deu-eng.zip")
+    parser.add_argument("--out", type=Path, default=Path("runs/en-de"))
+    parser.add_argument("--processes", type=int, default=1, help="training processes")
+    args = parser.parse_args()
+    if unknown := set(args.stages) - set(STAGES):
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}: choose from {', '.join(STAGES)}")
+    worker = "LOCAL_RANK" in os.environ
+    console = Console(quiet=worker and os.environ["RANK"] != "0")
+    recipe: Recipe | None = None
+    for stage in args.stages or STAGES:
+        done = args.out / stage / "done"
+        if done.exists():
+            console.print(f"[green]{stage}: done")
+            continue
+        done.parent.mkdir(parents=True, exist_ok=True)
+        if args.processes > 1 and STAGES[stage] and not worker:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
+            own = [__file__, stage, "--data", str(args.data), "--out", str(args.out)]
+            if subprocess.run([*launch, *own]).returncode:
+                sys.exit(f"{stage} stopped; run the same command again to continue")
+            continue
+        console.print(f"[bold]{stage}")
+        recipe = recipe or Recipe(args.data, args.out)
+        if getattr(recipe, stage.replace("-", "_"))() is False:
+            sys.exit(f"{stage} was interrupted; run the same command again to continue")
+        if not worker or os.environ["RANK"] == "0":
+            done.touch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Keys and values of rows that grow, shrink, fork and leave independently of each other.
+
+One tensor [rows, kv_heads, slots, head_dim] per layer for keys and one for values, allocated ahead in buckets. The used
+slots of a row are always the first `lengths[row]` ones, so slot = position, whatever the neighbours do.
+
+A forward is announced with `append`, then stock modeling code calls `update` once per layer and gets back the used
+slots only; afterwards `keep` or `truncate` drops what was not accepted. Transformers sees an ordinary `Cache`.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+BUCKET = 64  # slots are allocated in multiples of this
+
+
+class RowCache(Cache):
+    """Self-attention keys and values.
+
+    Args:
+        num_layers: layers that will call `update`.
+        rows: rows to start with, all empty.
+        capacity: slots to allocate at first; it grows when needed.
+    """
+
+    def __init__(self, num_layers: int, rows: int, capacity: int = BUCKET) -> None:
+        super().__init__(layers=[_Layer(self) for _ in range(num_layers)])
+        self.keys: list[Tensor | None] = [None] * num_layers  # allocated by the first update: shapes are known then
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.capacity = _bucket(capacity)  # slots allocated per row
+        self.lengths = [0] * rows  # slots used, per row
+        self.starts = [0] * rows  # slots used before the latest append, per row
+        self.count = 0  # slots of the latest append, per row
+        self.width = 0  # slots that the forward under way attends over: the longest row
+        self._first = 0  # first new slot, where it is the same in all rows
+        self._index: Tensor | None = None  # int64 [rows, 1, count, 1], new slots, where it is not
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def even(self) -> bool:
+        """All rows were equally long before the latest append: no slot in use needs a mask."""
+        return self._index is None
+
+    def append(self, count: int, device: torch.device | None = None) -> None:
+        """Add `count` slots to every row; the next forward fills them."""
+        starts = self.lengths
+        first, longest = min(starts), max(starts)
+        self.starts, self.count, self._first = starts, count, first
+        self.lengths = [length + count for length in starts]
+        self.width = longest + count
+        if self.width > self.capacity:
+            self._grow(self.width)
+        self._index = None
+        if first != longest:
+            slots = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
+            self._index = slots[:, None, :, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the slots announced by `append`; called by stock attention code.
+
+        Args:
+            key_states, value_states: [rows, kv_heads, count, head_dim].
+        Returns: keys and values of all slots in use, views [rows, kv_heads, width, head_dim]. Shorter rows hold
+            leftovers past their length: the mask must cover them.
+        """
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if keys is None or values is None:
+            keys = self.keys[layer_idx] = _allocate(key_states, self.capacity)
+            values = self.values[layer_idx] = _allocate(value_states, self.capacity)
+        if self._index is None:
+            keys.narrow(2, self._first, self.count).copy_(key_states)
+            values.narrow(2, self._first, self.count).copy_(value_states)
+        else:
+            keys.scatter_(2, self._index.expand_as(key_states), key_states)
+            values.scatter_(2, self._index.expand_as(value_states), value_states)
+        return keys.narrow(2, 0, self.width), values.narrow(2, 0, self.width)
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget all slots of each row from `lengths[row]` on."""
+        if len(lengths) != self.rows or any(not 0 <= n <= used for n, used in zip(lengths, self.lengths, strict=True)):
+            raise ValueError(f"cannot truncate rows of {self.lengths} slots to {list(lengths)}")
+        self.lengths = list(lengths)
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep one path of the slots of the latest `append` in each row, moved together, and forget the others.
+
+        Args:
+            paths: per row, rising indices into the appended slots: [0, 2, 5] keeps the first, third and sixth.
+        """
+        if len(paths) != self.rows:
+            raise ValueError(f"{len(paths)} paths for {self.rows} rows")
+        for path in paths:
+            if any(b <= a for a, b in zip([-1, *path], [*path, self.count], strict=False)):
+                raise ValueError(f"a path must rise within 0..{self.count - 1}: {list(path)}")
+        if any(list(path) != list(range(len(path))) for path in paths):
+            longest = max(map(len, paths))
+            # Shorter paths repeat their last step: the copies land past the row's new length.
+            padded = [[*path, *[(path or [0])[-1]] * (longest - len(path))] for path in paths]
+            device = next(keys.device for keys in self.keys if keys is not None)
+            starts = torch.tensor(self.starts, device=device)[:, None]
+            source = (starts + torch.tensor(padded, device=device))[:, None, :, None]
+            target = (starts + torch.arange(longest, device=device))[:, None, :, None]
+            for tensor in self._tensors():
+                shape = (-1, tensor.shape[1], -1, tensor.shape[3])
+                tensor.scatter_(2, target.expand(shape), tensor.gather(2, source.expand(shape)))
+        self.lengths = [start + len(path) for start, path in zip(self.starts, paths, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order. A row named twice is copied, one not named leaves."""
+        index = list(rows)
+        self.lengths = [self.lengths[row] for row in index]
+        self.starts = [self.starts[row] for row in index]
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                if tensor is not None:
+                    tensors[layer] = tensor[index]
+
+    def fork(self, row: int) -> None:
+        """Append a copy of a row, which then lives its own life."""
+        self.select([*range(self.rows), row])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots before the forward under way; of the first row, where rows differ. Called by stock code."""
+        return self.starts[0] if self.starts else 0
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (*self.keys, *self.values) if tensor is not None]
+
+    def _grow(self, slots: int) -> None:
+        self.capacity = _bucket(max(slots, self.capacity + self.capacity // 2))
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                if old is not None:
+                    new = _allocate(old, self.capacity)
+                    new.narrow(2, 0, old.shape[2]).copy_(old)
+                    tensors[layer] = new
+
+
+class _Layer(CacheLayerMixin):
+    """One layer as transformers sees it when it builds masks."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, cache: RowCache) -> None:
+        super().__init__()
+        self.cache = weakref.proxy(cache)  # a cycle would hold the memory until the garbage collector runs
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The cache allocates."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("call RowCache.update")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return int(self.cache.width), 0
+
+    def get_seq_length(self) -> int:
+        return int(self.cache.get_seq_length())
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _bucket(slots: int) -> int:
+    return -(-slots // BUCKET) * BUCKET
+
+
+def _allocate(like: Tensor, slots: int) -> Tensor:
+    # Zeros, not empty: a masked slot has weight 0, and 0 times an uninitialised infinity is not a number.
+    return like.new_zeros((like.shape[0], like.shape[1], slots, like.shape[3]))

@@ -1,0 +1,239 @@
+"""`baton generate`: answers to prompts, streamed to the terminal or written to a file."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import baton
+from baton.cli.command import command, fail
+from baton.cli.console import err, loading, progress_bar
+from baton.cli.options import Machine
+from baton.cli.sources import check_source
+from baton.data.formats import read_prompts
+from baton.data.storage import append_jsonl, completed_lines, storage_errors
+from baton.errors import BatonError, DataError
+from baton.types import Output, Sampling
+
+WINDOW = 4  # batches between two writes: within it, prompts of like length share a batch
+
+
+def register(app: typer.Typer) -> None:
+    command(
+        app,
+        "generate",
+        examples=[
+            'baton generate models/en-de-handoff --prompt "Where is the next station?"',
+            "baton generate models/en-de-handoff --input questions.txt --output answers.jsonl --batch-size 64",
+            "baton generate gpt2 --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95 --seed 7",
+            "cat questions.txt | baton generate models/en-de-handoff --prompt - --json",
+        ],
+    )(generate)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a hand-off or language model.")],
+    sampling: Sampling,
+    machine: Machine,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="A prompt, repeatable. - reads one per line from stdin.")
+    ] = [],  # noqa: B006 - typer copies it
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help="Prompts: .jsonl with a 'prompt' in each row, or .txt lines.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Answers, one line each: .jsonl, or .txt with the text alone."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start --output anew, even if it has lines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    stop: Annotated[list[str], typer.Option(help="End an answer before this text, repeatable.")] = [],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at the same time.")] = 32,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long for the model.")] = False,
+    llm: Annotated[
+        str | None, typer.Option(metavar="L", help="Where a hand-off's LLM is, if not where it was in training.")
+    ] = None,
+) -> None:
+    """Write answers to prompts.
+
+    One prompt streams to the terminal. A file is answered in batches, each line written as soon as it and all before
+    it are finished: after Ctrl-C the same command continues where it stopped.
+    """
+    if bool(prompt) == bool(input):
+        fail("give either --prompt TEXT (or - for stdin) or --input FILE")
+    if input and not output:
+        fail(f"where to? give --output FILE with --input {input}")
+    if output and not input:
+        fail("--output needs --input: the answers to --prompt go to the terminal (use > FILE)")
+    if prompt.count("-") and len(prompt) > 1:
+        fail("--prompt - reads all prompts from stdin: give no others")
+    check_source(model, llm)
+    if input:
+        read_prompts(input)  # a malformed row is better known before a model is loaded
+    machine.prepare()
+    writer = load_writer(model, llm, machine)
+    options: dict[str, Any] = {
+        "sampling": sampling,
+        "max_new_tokens": max_new_tokens,
+        "stop": tuple(stop),
+        "truncate": truncate,
+    }
+    if input and output:
+        prompts = read_prompts(input, tokenizer=writer.prompt_tokenizer)
+        answer_file(writer, prompts, output, options, batch_size=batch_size, overwrite=overwrite)
+    elif as_json or len(prompt) > 1:
+        for each in baton.generate(writer, list(prompt_lines(prompt)), batch_size=batch_size, **options):
+            sys.stdout.write((json.dumps(row(each), ensure_ascii=False) if as_json else each.text) + "\n")
+    else:
+        for text in prompt_lines(prompt):
+            stream_answer(writer, text, options)
+
+
+def load_writer(model: str, llm: str | None, machine: Machine) -> Any:
+    """A `Writer` from a folder or Hub id; `llm` is where a hand-off finds its LLM."""
+    with loading(model):
+        if llm is None:
+            return baton.load(model, dtype=machine.dtype, device=machine.device)
+        return baton.HandoffModel.from_pretrained(model, llm=llm, dtype=machine.dtype, device=machine.device)
+
+
+def prompt_lines(prompts: list[str]) -> Iterator[str]:
+    """The prompts, or the lines of stdin for `-`, as they come."""
+    if prompts != ["-"]:
+        yield from prompts
+        return
+    try:
+        for line in sys.stdin:
+            if line.strip():
+                yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not UTF-8: {error}") from error
+
+
+def stream_answer(writer: Any, prompt: str, options: dict[str, Any]) -> None:
+    """One answer, printed while it is written."""
+    try:
+        for piece in baton.stream(writer, prompt, **options):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def row(output: Output) -> dict[str, Any]:
+    """An answer as JSON."""
+    return {
+        "prompt": output.prompt,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "tokens": len(output.token_ids),
+    }
+
+
+def at(sampling: Sampling, start: int) -> Sampling:
+    """The sampling of a window: one seed per window, or all of them would draw the same random numbers."""
+    if sampling.greedy or start == 0:
+        return sampling
+    return dataclasses.replace(sampling, seed=random.Random(f"{sampling.seed}:{start}").getrandbits(63))
+
+
+class OutputFile:
+    """Answers on disk, in the order of their prompts; opening one goes on after the last whole line.
+
+    Args:
+        path: `.txt` gets the text alone, one line per answer, its line breaks as spaces; anything else JSON lines.
+    Raises:
+        DataError: the file has a malformed row, or answers other prompts.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, prompts: list[str], *, overwrite: bool = False) -> None:
+        self.path, self.plain = path, path.suffix.lower() == ".txt"
+        with storage_errors(path):
+            if overwrite:
+                path.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.done = self._check(prompts) if path.exists() else 0  # answers there are
+        self._lines = None if self.plain else append_jsonl(path)
+
+    def _check(self, prompts: list[str]) -> int:
+        """How many answers there are, and that they are answers to these prompts; drops a line that was cut off."""
+        advice = "choose another --output, or start it anew with --overwrite"
+        if self.plain:
+            data = self.path.read_bytes()
+            os.truncate(self.path, data.rfind(b"\n") + 1)
+            done = data.count(b"\n")
+        else:
+            found = [each.get("prompt") for each in completed_lines(self.path)]
+            for number, (there, prompt) in enumerate(zip(found, prompts, strict=False), start=1):
+                if there != prompt:
+                    raise DataError(f"{self.path}:{number}: answers another prompt than the input has there: {advice}")
+            done = len(found)
+        if done > len(prompts):
+            raise DataError(f"{self.path} has {done} answers, more than the {len(prompts)} prompts: {advice}")
+        return done
+
+    def add(self, outputs: list[Output]) -> None:
+        if self._lines is not None:
+            self._lines.write(*map(row, outputs))
+        else:
+            text = "".join(" ".join(each.text.splitlines()) + "\n" for each in outputs)
+            with storage_errors(self.path, "the finished lines are kept"), self.path.open("ab") as file:
+                file.write(text.encode("utf-8"))
+        self.done += len(outputs)
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+
+
+def answer_file(
+    writer: Any, prompts: list[str], path: Path, options: dict[str, Any], *, batch_size: int, overwrite: bool
+) -> None:
+    """Answer the prompts that have no answer in `path` yet, a window of some batches at a time."""
+    # All of them first: a prompt that is too long should not be found after an hour.
+    from baton.models.prompts import tokenize_prompts
+
+    tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=options["truncate"])
+    total = len(prompts)
+    with contextlib.closing(OutputFile(path, prompts, overwrite=overwrite)) as file:
+        if file.done == total:
+            err.print(f"{path} has all {total} answers: nothing to do (--overwrite starts anew)", soft_wrap=True)
+            return
+        if file.done:
+            err.print(f"continuing {path}: {file.done} of {total} answers are there", soft_wrap=True)
+        try:
+            with progress_bar() as bar:
+                task = bar.add_task("answers", total=total, completed=file.done)
+                sampling, window = options["sampling"], WINDOW * batch_size
+                # When sampling, windows start at fixed places: a continued run draws what an undisturbed one draws.
+                first = file.done if sampling.greedy else file.done - file.done % window
+                for start in range(first, total, window):
+                    finished: dict[int, Output] = {}
+
+                    def keep(output: Output, index: int, start: int = start, finished: Any = finished) -> None:
+                        finished[start + index] = output
+                        bar.update(task, completed=max(file.done, start + len(finished)))
+
+                    try:
+                        part = options | {"sampling": at(sampling, start)}
+                        baton.generate(
+                            writer, prompts[start : start + window], batch_size=batch_size, on_finish=keep, **part
+                        )
+                    finally:
+                        ready = itertools.takewhile(finished.__contains__, itertools.count(file.done))
+                        file.add([finished[index] for index in ready])
+        except (KeyboardInterrupt, BatonError):
+            err.print(f"{path} has {file.done} of {total} answers; the same command continues", soft_wrap=True)
+            raise
+    err.print(f"wrote {path}: {total} answers", soft_wrap=True)

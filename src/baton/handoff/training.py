@@ -1,0 +1,168 @@
+"""Train a hand-off: the SLM and the projector learn to write from what the frozen LLM has read."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from baton.errors import BatonError, DataError
+from baton.handoff.card import handoff_card
+from baton.handoff.config import HandoffOptions
+from baton.handoff.features import FeatureCache, build
+from baton.handoff.model import HandoffModel
+from baton.models.writer import Writer
+from baton.train.dataset import PairDataset
+from baton.train.options import TrainOptions
+from baton.train.trainer import TextTrainer, bf16_is_fast, make_trainer, run
+from baton.types import Pair
+
+log = logging.getLogger(__name__)
+METRICS = ("eval_loss", "eval_bleu", "eval_chrf", "eval_rouge_l")
+RUN = "run"  # folder of checkpoints, logs and cached states inside the output folder
+
+
+def train_handoff(
+    *,
+    llm: str | Path,
+    slm: str | Path,
+    pairs: Sequence[Pair],
+    validation: Sequence[Pair],
+    out: str | Path,
+    options: HandoffOptions,
+    train: TrainOptions,
+    revision: str | None = None,
+    cache_gb: float = 4.0,
+    held_out: str | None = None,
+    truncate: bool = False,
+    command: str = "",
+    on_cache: Callable[[int, int], None] | None = None,
+) -> bool:
+    """Train and save a hand-off into `out`; run again after an interruption to continue.
+
+    Args:
+        llm, slm: folders or Hub ids.
+        pairs, validation: examples; validation loss decides which checkpoint is kept.
+        out: the hand-off's folder; checkpoints and logs go to `out/run`.
+        cache_gb: room for the LLM's states on disk, GiB. With too little they are recomputed at each step.
+        held_out: recorded in the config: path, relative to `out`, of the pairs it is evaluated on.
+        truncate: cut prompts longer than either model allows, instead of refusing them.
+        command: what made this model, for its card.
+        on_cache: called with (prompts done, prompts) while states are cached.
+    Returns: False when interrupted; the state is saved.
+    """
+    out = Path(out)
+    model = HandoffModel.build(llm=llm, slm=slm, options=options, revision=revision, dtype="float32")
+    model.config.held_out = held_out
+    _check_same_run(out, model, train)
+    datasets = [_dataset(model, examples, truncate) for examples in (pairs, validation)]
+    if not all(len(d) for d in datasets):
+        raise DataError("no examples left to train or validate on: give more data")
+    if model.needs_states:
+        prompts = [ids for d in datasets for ids in d.prompts]
+        cache = cache_states(model, prompts, out / RUN / "states", cache_gb, on_cache)
+        if cache is not None:
+            first = len(datasets[0])
+            datasets[0].states = _View(cache, 0)
+            datasets[1].states = _View(cache, first)
+    trainer = make_trainer(
+        model,
+        *datasets,
+        out=out / RUN,
+        options=train,
+        prompt_pad_id=model.prompt_tokenizer.pad_token_id or 0,
+        quality=quality_of(model, validation[: train.max_quality_examples]) if train.max_quality_examples else None,
+    )
+    finished = run(trainer)
+    if finished and trainer.is_world_process_zero():
+        dtype = torch.bfloat16 if bf16_is_fast("cuda" if torch.cuda.is_available() else "cpu") else None
+        card = handoff_card(
+            model.config,
+            title=out.resolve().name,
+            data=f"{len(pairs):,} training and {len(validation):,} validation pairs",
+            command=command or "baton.handoff.training.train_handoff(...)",
+            validation=_last_metrics(trainer),
+        )
+        model.to(dtype).save_pretrained(out, card=card)
+    return finished
+
+
+def cache_states(
+    model: HandoffModel,
+    prompts: list[list[int]],
+    folder: Path,
+    cache_gb: float,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> FeatureCache | None:
+    """The LLM's states of every prompt, from disk where they were computed before; None when there is no room."""
+    llm = model.config.llm
+    return build(
+        folder,
+        prompts,
+        lambda ids, mask: model.read(ids.to(model.device), mask.to(model.device)),
+        width=llm["width"] * llm["layers_read"],
+        key=f"{llm['sha256']}:{llm['layer']}",
+        cache_gb=cache_gb,
+        on_progress=on_progress,
+    )
+
+
+def quality_of(writer: Writer, pairs: Sequence[Pair], max_new_tokens: int = 128) -> Callable[[nn.Module], dict]:
+    """BLEU, chrF and ROUGE-L of greedy answers, for validation during training."""
+    from baton.engine import generate
+    from baton.handoff.evaluate import text_quality
+
+    def measure(module: nn.Module) -> dict[str, float]:
+        training = module.training
+        module.eval()
+        try:
+            outputs = generate(writer, [p.prompt for p in pairs], max_new_tokens=max_new_tokens, truncate=True)
+        finally:
+            module.train(training)
+        return text_quality([o.text for o in outputs], pairs, rouge=True)
+
+    return measure
+
+
+def _last_metrics(trainer: TextTrainer) -> dict[str, float]:
+    """Loss and quality of the last validation, and the steps taken."""
+    found: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        found |= {k.removeprefix("eval_"): v for k, v in entry.items() if k in METRICS}
+    return found | {"steps": trainer.state.global_step}
+
+
+class _View:
+    """States of a stretch of the cached prompts."""
+
+    def __init__(self, cache: FeatureCache, start: int) -> None:
+        self.cache, self.start = cache, start
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.cache[self.start + index]
+
+
+def _dataset(model: HandoffModel, pairs: Sequence[Pair], truncate: bool) -> PairDataset:
+    return PairDataset(
+        pairs, model.prompt_tokenizer, model.response_tokenizer, limits=model.prompt_limits, truncate=truncate
+    )
+
+
+def _check_same_run(out: Path, model: HandoffModel, train: TrainOptions) -> None:
+    """A run is continued only with the models and options it was started with."""
+    (out / RUN).mkdir(parents=True, exist_ok=True)
+    path = out / RUN / "settings.json"
+    settings = {"llm": model.config.llm, "handoff": model.config.options, "train": asdict(train)}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{part}.{k}" for part in settings for k in settings[part] if before[part].get(k) != settings[part][k]]
+        if changed:
+            raise BatonError(
+                f"{out} holds a run started with other settings ({', '.join(changed)}): use the same ones to "
+                "continue it, or another --out (or --overwrite) to start anew"
+            )
+    else:
+        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")

@@ -1,0 +1,372 @@
+"""Targets: transformers models seen as `prefill` and `forward` over rows, one class per way of calling them.
+
+No modeling code is copied. Stock layers run with a cache of ours, an explicit 4-D mask and explicit positions, so rows
+of different lengths, and later trees of drafts, share one pass. A family is supported once its logits were compared.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from baton.cache import CrossCache, Memory, RowCache
+from baton.errors import UnsupportedModel
+from baton.models.writer import PromptInputs
+
+
+class Target(ABC):
+    """A model that gives logits for rows of tokens.
+
+    Attributes:
+        context: most slots a row can have, or None. Prompt and response of a decoder-only model, start token and
+            response of an encoder-decoder.
+        window: slots that sliding-window layers see, or None. A row must not grow beyond: see `fits`.
+        reads_prompt: prompt tokens take slots of the rows (decoder-only).
+        start: the token that responses start after (encoder-decoder), or None.
+    """
+
+    reads_prompt: bool
+    start: int | None = None
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.device = model.device
+        self.dtype = model.dtype
+        config = model.config.get_text_config(decoder=True)
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.window = _window(config)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        attention = model.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise UnsupportedModel(
+                f"attention {attention!r} takes no 4-D mask: load the model with attn_implementation='sdpa'"
+            )
+        self.boolean_masks = attention == "sdpa"
+
+    @abstractmethod
+    def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
+        """Read prompts: one pass, one new row each.
+
+        Returns: logits of the first response token, [b, V] in the model's dtype, and what was read.
+        """
+
+    @abstractmethod
+    def forward(
+        self, ids: Tensor, memory: Memory, *, positions: Tensor | None = None, tree: Tensor | None = None
+    ) -> Tensor:
+        """One cached pass over `q` new tokens in every row of `memory`, which takes them in.
+
+        Args:
+            ids: int64 [b, q].
+            positions: int64 [b, q]; None: each row goes on where it ends.
+            tree: bool [b, q, q], True where new token i may attend to new token j; None: a chain.
+        Returns: logits [b, q, V] in the model's dtype. `memory.keep` then drops tokens that were not accepted.
+        """
+
+    def fits(self, slots: int) -> None:
+        """Raise UnsupportedModel where rows of so many slots would need sliding-window caching."""
+        if self.window is not None and slots > self.window:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} attends within a sliding window of {self.window} tokens, which Baton "
+                f"does not cache yet, and prompt and response may take {slots}: lower max_new_tokens or shorten the "
+                "prompt"
+            )
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., d] to logits [..., V]."""
+        logits = self.model.get_output_embeddings()(hidden)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def mask(self, allowed: Tensor) -> Tensor:
+        """Bool mask, True = may attend, in the form that the model's attention takes."""
+        return allowed if self.boolean_masks else self.additive(allowed)
+
+    def additive(self, allowed: Tensor) -> Tensor:
+        """0 where attention is allowed, the dtype's most negative number elsewhere."""
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.where(allowed, zero, torch.finfo(self.dtype).min)
+
+
+class DecoderOnly(Target):
+    """Families whose decoder takes `position_ids` and a 4-D mask: Llama-like, Gemma, GPT-2, GPT-NeoX, OPT."""
+
+    reads_prompt = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.decoder = model.base_model
+        self.num_layers: int = model.config.get_text_config().num_hidden_layers
+
+    @torch.inference_mode()
+    def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
+        rows, width = inputs.mask.shape
+        memory = Memory(RowCache(self.num_layers, rows, capacity=width + 64))
+        memory.own.append(width)
+        hidden = self.decoder(
+            input_ids=inputs.ids,
+            inputs_embeds=inputs.embeds,
+            attention_mask=inputs.mask,
+            position_ids=torch.arange(width, device=self.device).expand(rows, -1),
+            past_key_values=memory.past,
+            use_cache=True,
+        ).last_hidden_state
+        lengths = inputs.mask.sum(1)
+        memory.truncate(lengths.tolist())
+        last = hidden[torch.arange(rows, device=self.device), lengths - 1]
+        return self.head(last), memory
+
+    @torch.inference_mode()
+    def forward(
+        self, ids: Tensor, memory: Memory, *, positions: Tensor | None = None, tree: Tensor | None = None
+    ) -> Tensor:
+        own = memory.own
+        own.append(ids.shape[1], self.device)
+        if positions is None:
+            positions = next_positions(own, self.device)
+        alone = own.even and own.count == 1
+        hidden = self.decoder(
+            input_ids=ids,
+            attention_mask=None if alone else self.mask(attendable(own, tree, self.device)),
+            position_ids=positions,
+            past_key_values=memory.past,
+            use_cache=True,
+        ).last_hidden_state
+        return self.head(hidden)
+
+
+class EncoderDecoder(Target):
+    """Families whose decoder is called whole: BART, mBART, Marian, Pegasus, T5Gemma."""
+
+    reads_prompt = False
+    start: int
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.encoder = model.get_encoder()
+        self.decoder = model.get_decoder()
+        self.start = start_token(model)
+        self.layers: Any = getattr(self.decoder, "block", None) or self.decoder.layers
+        # Positions are an argument (T5Gemma), or a table that is indexed by the cache's length (BART and kin).
+        self.position_table: nn.Embedding | None = getattr(self.decoder, "embed_positions", None)
+        self.logits_bias: Tensor | None = getattr(model, "final_logits_bias", None)
+
+    def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor | None]:
+        """Encoder states [b, m, d] and the cross-attention mask; None where no row is padded."""
+        states = self.encoder(
+            input_ids=inputs.ids, inputs_embeds=inputs.embeds, attention_mask=inputs.mask
+        ).last_hidden_state
+        allowed = inputs.mask.bool()[:, None, None, :]
+        return states, None if bool(allowed.all()) else allowed
+
+    @torch.inference_mode()
+    def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
+        states, allowed = self.encode(inputs)
+        # A mask even where nothing is padded: stock code would make one at every step.
+        ones = torch.ones((len(states), 1, 1, states.shape[1]), dtype=torch.bool, device=self.device)
+        cross = CrossCache(len(self.layers), states, self.mask(ones if allowed is None else allowed))
+        memory = Memory(RowCache(len(self.layers), len(states)), cross)
+        start = torch.full((len(states), 1), self.start, device=self.device)
+        return self.forward(start, memory)[:, -1], memory
+
+    @torch.inference_mode()
+    def forward(
+        self, ids: Tensor, memory: Memory, *, positions: Tensor | None = None, tree: Tensor | None = None
+    ) -> Tensor:
+        own, cross = memory.own, memory.cross
+        assert cross is not None
+        own.append(ids.shape[1], self.device)
+        arguments: dict[str, Any] = {}
+        hook = None
+        if self.position_table is None:
+            arguments["position_ids"] = next_positions(own, self.device) if positions is None else positions
+        elif positions is not None or not own.even:
+            hook = self._place(next_positions(own, self.device) if positions is None else positions)
+        try:
+            hidden = self.decoder(
+                input_ids=ids,
+                attention_mask=self.mask(attendable(own, tree, self.device)),
+                encoder_hidden_states=cross.states,
+                encoder_attention_mask=cross.mask,
+                past_key_values=memory.past,
+                use_cache=True,
+                **arguments,
+            ).last_hidden_state
+        finally:
+            if hook is not None:
+                hook.remove()
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        logits = super().head(hidden)
+        return logits if self.logits_bias is None else logits + self.logits_bias
+
+    def _place(self, positions: Tensor) -> Any:
+        """For one call, give the decoder the position embeddings of these positions, per row."""
+        table = self.position_table
+        assert table is not None
+        offset = getattr(table, "offset", 0)  # BART's table starts with two unused rows
+        embeddings = F.embedding(positions + offset, table.weight)
+        return table.register_forward_hook(lambda module, args, output: embeddings)
+
+
+class T5(EncoderDecoder):
+    """T5 and mT5: the decoder's blocks are called one by one, with a position bias computed from positions.
+
+    Stock T5 derives the bias from cache slots, which would be wrong for ragged rows and for trees; and what the stack
+    does around its blocks costs as much as a small block.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.context = None  # relative positions have no end
+        scaled = getattr(model.config, "scale_decoder_outputs", False)  # mT5 never scales
+        self.scale: float | None = model.config.d_model**-0.5 if scaled else None
+        self.bias_by_distance = self._biases(512)  # [n, heads], distance 0 first
+        self.bias_until_now = self._until_now()
+        self.no_mask = torch.zeros((1, 1, 1, 1), dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
+        states, allowed = self.encode(inputs)
+        if allowed is None:
+            bias = self.no_mask.expand(len(states), 1, 1, states.shape[1]).contiguous()
+        else:
+            bias = self.additive(allowed)
+        cross = CrossCache(len(self.layers), states, bias)
+        memory = Memory(RowCache(len(self.layers), len(states)), cross)
+        start = torch.full((len(states), 1), self.start, device=self.device)
+        return self.forward(start, memory)[:, -1], memory
+
+    @torch.inference_mode()
+    def forward(
+        self, ids: Tensor, memory: Memory, *, positions: Tensor | None = None, tree: Tensor | None = None
+    ) -> Tensor:
+        own, cross = memory.own, memory.cross
+        assert cross is not None
+        own.append(ids.shape[1], self.device)
+        if own.width > len(self.bias_by_distance):
+            self.bias_by_distance = self._biases(2 * own.width)
+            self.bias_until_now = self._until_now()
+        if own.even and own.count == 1 and positions is None:
+            size = self.bias_until_now.shape[-1]
+            bias = self.bias_until_now[..., size - own.width :].contiguous()
+        else:
+            bias = self._bias(own, positions, tree)
+        # The mask is in the bias already. Given as a mask too, or attention over several tokens would add its own.
+        mask = None if own.count == 1 else self.no_mask
+        hidden = self.decoder.embed_tokens(ids)
+        for block in self.layers:
+            hidden = block(hidden, mask, bias, cross.states, None, cross.mask, past_key_values=memory.past)[0]
+        return self.head(self.decoder.final_layer_norm(hidden))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return super().head(hidden if self.scale is None else hidden * self.scale)
+
+    def _biases(self, size: int) -> Tensor:
+        attention = self.layers[0].layer[0].SelfAttention
+        buckets = attention._relative_position_bucket(
+            -torch.arange(size, device=self.device),
+            bidirectional=False,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        return attention.relative_attention_bias(buckets).detach()
+
+    def _until_now(self) -> Tensor:
+        """[1, heads, 1, n]: the bias of one new token over the slots before it and its own, as the last entries."""
+        return self.bias_by_distance.flip(0).T[None, :, None].contiguous()
+
+    def _bias(self, own: RowCache, positions: Tensor | None, tree: Tensor | None) -> Tensor:
+        """[b, heads, q, width], mask included."""
+        starts = torch.tensor(own.starts, device=self.device)[:, None]
+        slots = torch.arange(own.width, device=self.device)[None]
+        at = next_positions(own, self.device) if positions is None else positions
+        # A slot in use lies at its own number; those of new tokens lie where the tokens say.
+        lies = torch.where(slots < starts, slots, at.gather(1, (slots - starts).clamp(0, own.count - 1)))
+        distances = (at[:, :, None] - lies[:, None, :]).clamp(min=0)
+        bias = self.bias_by_distance[distances].permute(0, 3, 1, 2)
+        return torch.where(attendable(own, tree, self.device), bias, torch.finfo(self.dtype).min)
+
+
+def next_positions(own: RowCache, device: torch.device) -> Tensor:
+    """int64 [b, q]: the new tokens of each row follow its last, one by one."""
+    starts = torch.tensor(own.starts, device=device)[:, None]
+    return starts if own.count == 1 else starts + torch.arange(own.count, device=device)
+
+
+def attendable(own: RowCache, tree: Tensor | None, device: torch.device) -> Tensor:
+    """Bool [b, 1, q, width]: each new token attends to all older slots of its row, and to new ones as `tree` says."""
+    starts = torch.tensor(own.starts, device=device)[:, None]
+    ahead = torch.arange(own.width, device=device)[None] - starts  # [b, width], 0 at the first new slot
+    if tree is None:
+        tree = torch.ones((1, own.count, own.count), dtype=torch.bool, device=device).tril()
+    new = (ahead >= 0) & (ahead < own.count)
+    index = ahead.clamp(0, own.count - 1)[:, None].expand(-1, own.count, -1)
+    among_new = tree.expand(own.rows, -1, -1).gather(2, index)
+    return ((ahead < 0)[:, None] | (new[:, None] & among_new))[:, None]
+
+
+def start_token(model: PreTrainedModel) -> int:
+    """The token that an encoder-decoder's responses start after; it is never part of one.
+
+    Raises:
+        UnsupportedModel: the model names none.
+    """
+    for config in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            found = getattr(config, name, None)
+            if found is not None:
+                return int(found)
+    raise UnsupportedModel(f"{type(model).__name__} names no decoder_start_token_id in its configuration")
+
+
+# Families whose logits were compared with their own forward, ragged rows included (tests/test_engine.py).
+FAMILIES: dict[str, type[Target]] = {
+    "bart": EncoderDecoder,
+    "gemma": DecoderOnly,
+    "gemma2": DecoderOnly,
+    "gemma3_text": DecoderOnly,
+    "gpt2": DecoderOnly,
+    "gpt_neox": DecoderOnly,
+    "llama": DecoderOnly,
+    "marian": EncoderDecoder,
+    "mbart": EncoderDecoder,
+    "mistral": DecoderOnly,
+    "mt5": T5,
+    "opt": DecoderOnly,
+    "pegasus": EncoderDecoder,
+    "phi3": DecoderOnly,
+    "qwen2": DecoderOnly,
+    "qwen3": DecoderOnly,
+    "t5": T5,
+    "t5gemma": EncoderDecoder,
+}
+
+
+def target_for(model: PreTrainedModel) -> Target:
+    """The way to run a model.
+
+    Raises:
+        UnsupportedModel: its family is not among those that were compared, or it was loaded in a way that is not.
+    """
+    family = model.config.model_type
+    if family not in FAMILIES:
+        raise UnsupportedModel(
+            f"models of type {family!r} are not supported by Baton's engine yet (supported: {', '.join(FAMILIES)}); "
+            "transformers' own generate may run them"
+        )
+    return FAMILIES[family](model)
+
+
+def _window(config: Any) -> int | None:
+    kinds = set(getattr(config, "layer_types", None) or [])
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UnsupportedModel(f"layers of type {', '.join(sorted(unknown))} are not supported by Baton's engine yet")
+    window = getattr(config, "sliding_window", None)
+    if kinds and "sliding_attention" not in kinds:
+        return None
+    return window

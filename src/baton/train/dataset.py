@@ -1,0 +1,73 @@
+"""Tokenized pairs and the batches made of them."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from baton.models.prompts import pad_right, tokenize_prompts
+from baton.models.text import IGNORE
+from baton.types import Pair
+
+
+class PairDataset(Dataset):
+    """Prompt and response ids of each pair.
+
+    Args:
+        pairs: examples with non-empty responses.
+        prompt_tokenizer: reads the prompt (the LLM's, where tokenizers differ).
+        response_tokenizer: writes the response (the SLM's); its end token is appended.
+        limits, truncate: see `tokenize_prompts`: prompts longer than a model allows are refused or cut.
+        states: optional per-prompt hidden states, indexable by example, each [m, d] (see `handoff.features`).
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        prompt_tokenizer: Any,
+        response_tokenizer: Any,
+        *,
+        limits: Mapping[str, int] = MappingProxyType({}),
+        truncate: bool = False,
+        states: Any = None,
+    ) -> None:
+        self.pairs = list(pairs)
+        self.prompts = tokenize_prompts(prompt_tokenizer, [p.prompt for p in self.pairs], limits, truncate=truncate)
+        responses = response_tokenizer([p.response for p in self.pairs])["input_ids"] if self.pairs else []
+        end = response_tokenizer.eos_token_id
+        self.responses = [ids if ids and ids[-1] == end else [*ids, end] for ids in responses]
+        self.states = states
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = {"prompt": self.prompts[index], "response": self.responses[index]}
+        if self.states is not None:
+            item["states"] = self.states[index]
+        return item
+
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Sort keys for bucketing: response tokens, then prompt tokens."""
+        return [(len(r), len(p)) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+
+class Collator:
+    """Right-padded batches: `input_ids`, `attention_mask`, `labels`, and `prompt_states` where cached."""
+
+    def __init__(self, prompt_pad_id: int) -> None:
+        self.prompt_pad_id = prompt_pad_id
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids, mask = pad_right([item["prompt"] for item in items], self.prompt_pad_id)
+        labels, _ = pad_right([item["response"] for item in items], IGNORE)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if "states" in items[0]:
+            batch["prompt_states"] = torch.nn.utils.rnn.pad_sequence(
+                [item["states"] for item in items], batch_first=True
+            )
+        return batch

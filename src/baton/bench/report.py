@@ -3,7 +3,7 @@
 Reads the dictionary that `handoff.evaluate` makes (`EvalReport.to_dict()`), so an old JSON file can be drawn again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,7 @@ def markdown(report: Mapping[str, Any], *, title: str, command: str = "", pictur
     parts = [f"# {title}", summary(report)]
     if picture:
         parts.append(f"![Quality against speed: BLEU over tokens per second, one point per model]({picture})")
-    parts.append(_markdown_table(["", *HEADINGS], [[line.name, *line.cells()] for line in lines]))
-    parts.append(LEGEND)
+    parts += [results_table(report), LEGEND]
     controls = [line.name for line in lines if line.mode in ("zero", "constant", "shuffled")]
     if controls:
         parts.append(
@@ -131,6 +130,24 @@ def markdown(report: Mapping[str, Any], *, title: str, command: str = "", pictur
         parts.append(f"```\n{command}\n```")
     parts.append(_facts(report))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def results_table(report: Mapping[str, Any], modes: Collection[str] = tuple(NAMES)) -> str:
+    """Markdown: a row per model in the report that is among `modes`."""
+    rows = [[line.name, *line.cells()] for line in table(report) if line.mode in modes]
+    return _markdown_table(["", *HEADINGS], rows)
+
+
+def conditions(report: Mapping[str, Any]) -> str:
+    """One sentence: what was measured, on what."""
+    settings, machine, versions = report["settings"], report["machine"], report["versions"]
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return (
+        f"{settings['prompts']:,} held-out prompts, greedy, {settings['dtype']}; quality at batch "
+        f"{settings['batch_size_quality']}, speed at batch 1 on {settings['speed_prompts']} prompts (median of "
+        f"{settings['repeats']} interleaved passes), {device}, PyTorch {versions['torch']}, transformers "
+        f"{versions['transformers']}. {LEGEND}"
+    )
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ slots of a row are always the first `lengths[row]` ones, so slot = position, wha
 
 A forward is announced with `append`, then stock modeling code calls `update` once per layer and gets back the used
 slots only; afterwards `keep` or `truncate` drops what was not accepted. Transformers sees an ordinary `Cache`.
+Forwards run under `torch.inference_mode`: a cache that was filled there cannot be written to outside of it.
 """
 
 import weakref
@@ -91,6 +92,7 @@ class RowCache(Cache):
             raise ValueError(f"cannot truncate rows of {self.lengths} slots to {list(lengths)}")
         self.lengths = list(lengths)
 
+    @torch.inference_mode()
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep one path of the slots of the latest `append` in each row, moved together, and forget the others.
 
@@ -115,6 +117,7 @@ class RowCache(Cache):
                 tensor.scatter_(2, target.expand(shape), tensor.gather(2, source.expand(shape)))
         self.lengths = [start + len(path) for start, path in zip(self.starts, paths, strict=True)]
 
+    @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order. A row named twice is copied, one not named leaves."""
         index = list(rows)

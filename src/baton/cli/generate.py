@@ -1,11 +1,9 @@
 """`baton generate`: answers to prompts, streamed to the terminal or written to a file."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
-import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,13 +138,6 @@ def row(output: Output) -> dict[str, Any]:
     }
 
 
-def at(sampling: Sampling, start: int) -> Sampling:
-    """The sampling of a window: one seed per window, or all of them would draw the same random numbers."""
-    if sampling.greedy or start == 0:
-        return sampling
-    return dataclasses.replace(sampling, seed=random.Random(f"{sampling.seed}:{start}").getrandbits(63))
-
-
 class OutputFile:
     """Answers on disk, in the order of their prompts; opening one goes on after the last whole line.
 
@@ -201,9 +192,9 @@ def answer_file(
     writer: Any, prompts: list[str], path: Path, options: dict[str, Any], *, batch_size: int, overwrite: bool
 ) -> None:
     """Answer the prompts that have no answer in `path` yet, a window of some batches at a time."""
-    # All of them first: a prompt that is too long should not be found after an hour.
     from baton.models.prompts import tokenize_prompts
 
+    # All of them first: a prompt that is too long should not be found after an hour.
     tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=options["truncate"])
     total = len(prompts)
     with contextlib.closing(OutputFile(path, prompts, overwrite=overwrite)) as file:
@@ -215,20 +206,22 @@ def answer_file(
         try:
             with progress_bar() as bar:
                 task = bar.add_task("answers", total=total, completed=file.done)
-                sampling, window = options["sampling"], WINDOW * batch_size
-                # When sampling, windows start at fixed places: a continued run draws what an undisturbed one draws.
-                first = file.done if sampling.greedy else file.done - file.done % window
-                for start in range(first, total, window):
+                window = WINDOW * batch_size
+                for start in range(file.done, total, window):
                     finished: dict[int, Output] = {}
 
                     def keep(output: Output, index: int, start: int = start, finished: Any = finished) -> None:
                         finished[start + index] = output
-                        bar.update(task, completed=max(file.done, start + len(finished)))
+                        bar.update(task, completed=start + len(finished))
 
                     try:
-                        part = options | {"sampling": at(sampling, start)}
                         baton.generate(
-                            writer, prompts[start : start + window], batch_size=batch_size, on_finish=keep, **part
+                            writer,
+                            prompts[start : start + window],
+                            batch_size=batch_size,
+                            first_index=start,
+                            on_finish=keep,
+                            **options,
                         )
                     finally:
                         ready = itertools.takewhile(finished.__contains__, itertools.count(file.done))

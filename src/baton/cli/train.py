@@ -35,8 +35,10 @@ from baton.train.options import TrainOptions
 from baton.train.trainer import last_checkpoint
 from baton.types import Pair
 
-FINISHED = "finished"  # in a run's folder: its hand-off is complete
-app = typer.Typer(help=TRAIN_HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+SAVED = "saved"  # in a run's folder: its hand-off has been written
+app = typer.Typer(
+    add_completion=False, help=TRAIN_HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
 
 
 def handoff(
@@ -50,7 +52,7 @@ def handoff(
         Path | None, typer.Option(metavar="FILE", help="Validation pairs; by default some of --data are kept out.")
     ] = None,
     validation_size: Annotated[
-        int, typer.Option(min=0, help="Pairs kept out, whole prompts at a time; 0 means 5 %, at most 1000.")
+        int, typer.Option(min=0, help="Prompts of --data kept out; 0 means 5 %, at most 1000.")
     ] = 0,
     cache_gb: Annotated[
         float, typer.Option(min=0, help="Disk for the LLM's states, GiB; with too little they are recomputed.")
@@ -68,7 +70,7 @@ def handoff(
     A run that was interrupted, by Ctrl-C or a crash, continues from its last checkpoint with the same command.
     """
     check_source(llm, slm)
-    if (out / RUN / FINISHED).exists() and not overwrite:
+    if (out / RUN / SAVED).exists() and not overwrite:
         if main_process():
             err.print(f"{out} holds the finished hand-off of a run: nothing to do (--overwrite trains anew)")
         return
@@ -111,7 +113,7 @@ def handoff(
             err.print(f"{saved}; the same command continues")
         raise typer.Exit(INTERRUPTED)
     if main_process():
-        (out / RUN / FINISHED).touch()
+        (out / RUN / SAVED).touch()
         err.print(f"wrote {out}; measure it: baton eval handoff {out}{'' if held_out else ' --data test.jsonl'}")
 
 
@@ -153,7 +155,8 @@ def split(pairs: Sequence[Pair], size: int, *, seed: int) -> tuple[list[Pair], l
     """Training and validation pairs with no prompt in both, whatever its case and punctuation.
 
     Args:
-        size: prompts kept out for validation, all their responses as references; 0 means 5 %, at most 1000.
+        size: prompts kept out for validation, one pair each with all responses as references; prompts that differ
+            in case and punctuation only count as one; 0 means 5 %, at most 1000.
         seed: the only source of chance: a run that continues sees the same split.
     """
     groups: dict[str, list[Pair]] = {}
@@ -164,12 +167,15 @@ def split(pairs: Sequence[Pair], size: int, *, seed: int) -> tuple[list[Pair], l
     kept = keys[: size or min(1000, math.ceil(0.05 * len(keys)))]
     if len(kept) >= len(keys):
         raise DataError(f"{len(keys)} different prompts cannot spare {len(kept)} for validation: lower the number")
-    out = set(kept)
-    validation = []
+    answers: dict[str, list[str]] = {}  # by the very prompt: "3+4" and "3-4" are kept together, not merged
     for key in kept:
-        answers = tuple(dict.fromkeys(answer for pair in groups[key] for answer in pair.accepted))
-        validation.append(Pair(prompt=groups[key][0].prompt, response=answers[0], references=answers))
-    return [pair for key, group in groups.items() if key not in out for pair in group], validation
+        for pair in groups.pop(key):
+            answers.setdefault(pair.prompt, []).extend(pair.accepted)
+    validation = [
+        Pair(prompt=prompt, response=found[0], references=tuple(dict.fromkeys(found)))
+        for prompt, found in answers.items()
+    ]
+    return [pair for group in groups.values() for pair in group], validation
 
 
 def plan(

@@ -25,13 +25,13 @@ def read_tatoeba(path: str | Path) -> list[Pair]:
             if len(names) != 1:
                 raise DataError(f"{path}: expected one language file (such as deu.txt) in the zip, found {names}")
             text = archive.read(names[0]).decode("utf-8")
-    except (zipfile.BadZipFile, FileNotFoundError) as error:
+    except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"{path}: not a readable Tatoeba zip ({error})") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: the language file is not UTF-8 ({error})") from error
     pairs = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        columns = line.split("\t")
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        columns = line.rstrip("\r").split("\t")
         if len(columns) < 2:
             raise DataError(f"{path}/{names[0]}:{number}: expected two tab-separated columns, found {len(columns)}")
         pairs.append(Pair(prompt=columns[0], response=columns[1]))

@@ -20,13 +20,14 @@ OnToken = Callable[[int, str, int], None]
 
 def generate(
     model: Writer | str | Path,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     max_new_tokens: int = 256,
     stop: str | Sequence[str] = (),
     batch_size: int = 32,
     truncate: bool = False,
+    first_index: int = 0,
     on_finish: OnFinish | None = None,
     on_token: OnToken | None = None,
 ) -> list[Output]:
@@ -38,12 +39,14 @@ def generate(
 
     Args:
         model: a model that `load` gave, or a folder or Hub id to load.
-        prompts: any number; prompts of like length share a batch, outputs come in the order given.
+        prompts: one or any number; prompts of like length share a batch, outputs come in the order given.
         max_new_tokens: most tokens of a response, its end token included. It is also cut where a model with a fixed
             number of positions has no more; either way the `finish_reason` is "length".
         stop: strings that end a response; its text is cut before the first of them.
         batch_size: most prompts read and written together.
         truncate: cut prompts that are too long instead of raising.
+        first_index: number of the first prompt, for a long list written in several calls: the random numbers of a
+            request depend on the seed, its number and the position only.
         on_finish: called with (output, index of the prompt) as each response ends, longest prompts first.
         on_token: called with (token id, text it settles, index of the prompt) for every token.
     Raises:
@@ -53,7 +56,8 @@ def generate(
     if batch_size < 1:
         raise BatonError(f"batch_size={batch_size}: it must be 1 or more")
     run = _Run(model, sampling, max_new_tokens, stop)
-    requests = run.requests(prompts, truncate=truncate, follow=on_token is not None)
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    requests = run.requests(texts, truncate=truncate, follow=on_token is not None, first=first_index)
     outputs: dict[int, Output] = {}
     longest_first = sorted(requests, key=lambda request: -len(request.prompt_ids))
     for start in range(0, len(requests), batch_size):
@@ -84,7 +88,7 @@ def stream(
     be. Arguments and errors as in `generate`; errors about the prompt are raised here, not at the first piece.
     """
     run = _Run(model, sampling, max_new_tokens, stop)
-    requests = run.requests([prompt], truncate=truncate, follow=True)
+    requests = run.requests([prompt], truncate=truncate, follow=True, first=0)
     return (token.text for tokens in run.batch(requests).run() for token in tokens if token.text)
 
 
@@ -100,31 +104,30 @@ class _Run:
         if not all(self.stop):
             raise BatonError("a stop string is empty: it would end every response before it starts")
         self.writer: Writer = load(model) if isinstance(model, (str, Path)) else model
+        if self.writer.lm.training:
+            raise BatonError("the model is in training mode, where dropout spoils what it writes: call its eval()")
         self.target: Target = target_for(self.writer.lm)
         self.rules = Rules.of(self.writer)
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
 
-    def requests(self, prompts: Sequence[str], *, truncate: bool, follow: bool) -> list[Request]:
+    def requests(self, prompts: Sequence[str], *, truncate: bool, follow: bool, first: int) -> list[Request]:
         writer = self.writer
         encoded = tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=truncate)
-        return [
-            Request(
+        requests = []
+        for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+            request = Request(
                 index=index,
+                key=first + index,
                 prompt=prompt,
                 prompt_ids=ids,
-                limit=min(self.max_new_tokens, self._room(len(ids))),
+                limit=self.max_new_tokens,
                 stream=TextStream(writer.response_tokenizer, self.stop),
                 follow=follow or bool(self.stop),
             )
-            for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True))
-        ]
+            request.fit(self.target, len(ids))
+            requests.append(request)
+        return requests
 
     def batch(self, requests: Sequence[Request]) -> Batch:
         return Batch(self.writer, self.target, requests, rules=self.rules, sampling=self.sampling)
-
-    def _room(self, prompt_tokens: int) -> int:
-        """Response tokens that the model has positions for. The last token needs none: nothing is read after it."""
-        if self.target.context is None:
-            return self.max_new_tokens
-        return self.target.context - (prompt_tokens - 1 if self.target.reads_prompt else 0)

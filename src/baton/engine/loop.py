@@ -10,7 +10,6 @@ from torch import Tensor
 from baton.cache import Memory
 from baton.engine.request import Request
 from baton.engine.rules import Rules
-from baton.errors import PromptError
 from baton.models.adapter import Target
 from baton.models.prompts import pad_right
 from baton.models.writer import PromptInputs, Writer
@@ -54,10 +53,10 @@ class Batch:
     @torch.inference_mode()
     def prefill(self) -> None:
         """Read the prompts and choose each row's first token."""
-        for request in self.requests:
-            self._check(request)
         ids, mask = pad_right([request.prompt_ids for request in self.requests], device=self.target.device)
         inputs = self.writer.encode(ids, mask, self.timings)
+        for request, length in zip(self.requests, inputs.mask.sum(1).tolist(), strict=True):
+            request.fit(self.target, length)  # a hand-off may read more vectors than there are prompt tokens
         started = perf_counter()
         logits, self.memory = self.target.prefill(inputs)
         if self.sampling.repetition_penalty != 1:
@@ -102,7 +101,7 @@ class Batch:
             for row, request in enumerate(self.requests):
                 if len(request.tokens) == (rules.first is not None):
                     logits[row, list(rules.banned_first)] = -torch.inf
-        keys = ((request.index, len(request.tokens)) for request in self.requests)
+        keys = ((request.key, len(request.tokens)) for request in self.requests)
         chosen = choose(logits, self.sampling, keys, self.seen)
         if rules.first is not None or rules.last is not None:
             for row, request in enumerate(self.requests):
@@ -122,15 +121,6 @@ class Batch:
             for row, (ids, mask) in enumerate(zip(inputs.ids, inputs.mask.bool(), strict=True)):
                 seen[row, ids[mask]] = True
         return seen
-
-    def _check(self, request: Request) -> None:
-        slots = request.limit + (len(request.prompt_ids) if self.target.reads_prompt else 0)
-        if request.limit < 1:
-            raise PromptError(
-                f"prompt {request.index} has {len(request.prompt_ids)} tokens and leaves no room for a response: the "
-                f"model has {self.target.context} positions"
-            )
-        self.target.fits(slots)
 
     def _wait(self) -> None:
         if self.target.device.type == "cuda":  # so that seconds are counted where they are spent

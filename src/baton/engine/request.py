@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from baton.engine.rules import Rules
 from baton.engine.text import TextStream
+from baton.errors import PromptError
+from baton.models.adapter import Target
 from baton.types import FinishReason, Output, Timings
 
 
@@ -11,7 +13,8 @@ from baton.types import FinishReason, Output, Timings
 class Request:
     """What the engine knows about one row."""
 
-    index: int  # place among the prompts of the call; keys its random numbers
+    index: int  # place among the prompts of the call
+    key: int  # its random numbers are those of this request number
     prompt: str
     prompt_ids: list[int]
     limit: int  # most response tokens
@@ -19,6 +22,19 @@ class Request:
     follow: bool  # decode text at every token, because of stop strings or someone who reads along
     tokens: list[int] = field(default_factory=list)  # response so far
     finish_reason: FinishReason | None = None
+
+    def fit(self, target: Target, prompt_tokens: int) -> None:
+        """Lower the limit to what the target has room for after so many prompt tokens.
+
+        Raises:
+            PromptError: there is room for none.
+        """
+        self.limit = target.room(prompt_tokens, self.limit)
+        if self.limit < 1:
+            raise PromptError(
+                f"prompt {self.index} takes {prompt_tokens} of the {target.context} positions of the model that "
+                "writes, which leaves none for a response: shorten it, or cut prompts with --truncate"
+            )
 
     def append(self, token: int, rules: Rules) -> str:
         """Take one response token in, decide whether it is the last; returns the text it settles."""

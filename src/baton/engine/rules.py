@@ -62,9 +62,9 @@ class Rules:
 
     def forced(self, position: int, limit: int) -> int | None:
         """The token that must stand at this position of a response of at most `limit` tokens, if any."""
-        if position == 0 and self.first is not None:
-            return self.first
-        return self.last if position == limit - 1 else None
+        if position == limit - 1 and self.last is not None:
+            return self.last
+        return self.first if position == 0 else None
 
 
 def _ids(value: int | Iterable[int] | None) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ class HandoffConfig(PreTrainedConfig):
             when the SLM's weights are stored here.
         options: the fields of `HandoffOptions`.
         same_tokenizer: whether LLM and SLM share theirs; otherwise prompts are embedded by the LLM's own table.
-        slm_alone: the SLM without the hand-off that evaluations compare with, a folder (relative to this one) or Hub id.
+        slm_alone: the SLM without the hand-off that evaluations compare with, a folder seen from this one or a Hub id.
         held_out: path, relative to the folder, of the test pairs this model is evaluated on.
     """
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 
 from baton.data.formats import text_field
 from baton.data.storage import append_jsonl, completed_lines
 from baton.engine import generate
 from baton.errors import DataError
 from baton.models.prompts import pad_right, tokenize_prompts
+from baton.models.text import pack
 from baton.models.writer import Writer
 from baton.types import Timings
 
@@ -131,10 +132,16 @@ def beam_search(
     context = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
     if not lm.config.is_encoder_decoder:
         context -= mask.shape[1] - 1
-        prompt, mask = shift_to_end(prompt, mask), mask.flip(1)  # the response goes on where the prompt ends
+        prompt, mask = pack(prompt, mask, to_left=False)  # the response goes on where the prompt ends
+    extra: dict[str, Any] = {}
+    if lm.config.is_encoder_decoder:
+        # transformers sizes T5's cache by the layers of its encoder; this one grows with those of the decoder.
+        extra["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
     written = lm.generate(
         **{name: prompt},
+        **extra,
         attention_mask=mask,
+        use_cache=True,
         num_beams=num_beams,
         do_sample=False,
         max_new_tokens=min(max_new_tokens, context),
@@ -151,10 +158,3 @@ def _pad_id(writer: Writer) -> int | None:
     known = (writer.lm.generation_config, writer.response_tokenizer)
     found = [getattr(source, name, None) for name in ("pad_token_id", "eos_token_id") for source in known]
     return next((each for each in found if isinstance(each, int)), None)
-
-
-def shift_to_end(rows: Tensor, mask: Tensor) -> Tensor:
-    """Right-padded rows [b, m, ...] to left-padded ones; mask: int64 [b, m], 1 on a prefix of each row."""
-    slots = torch.arange(mask.shape[1], device=mask.device)[None]
-    source = (slots + mask.sum(1, keepdim=True)) % mask.shape[1]
-    return rows[torch.arange(len(rows), device=rows.device)[:, None], source]

@@ -6,6 +6,7 @@ A hand-off is three operators: *read* (frozen states, one layer or a learned mix
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+from transformers.pytorch_utils import Conv1D
 
 from baton.data.storage import atomic_folder, settle
 from baton.errors import BatonError, ModelMismatch, NotAHandoff
@@ -33,7 +35,7 @@ from baton.models.loading import (
     resolve_dtype,
 )
 from baton.models.prompts import prompt_limit
-from baton.models.text import IGNORE, embed_tokens, response_logits
+from baton.models.text import IGNORE, embed_tokens, pack, response_logits
 from baton.models.writer import PromptInputs
 from baton.types import Timings
 
@@ -115,6 +117,13 @@ class HandoffModel(PreTrainedModel):
             limits["the SLM"] //= 2
         return {name: limit for name, limit in limits.items() if limit}
 
+    def response_room(self, prompt_tokens: int) -> int:
+        """Most response tokens that the SLM has positions for in training, after a prompt of so many tokens."""
+        positions = prompt_limit(self.slm.config) or sys.maxsize
+        if self.slm.config.is_encoder_decoder:
+            return positions
+        return positions - prompt_tokens * (2 if self.config.handoff.fusion == "concatenate" else 1)
+
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> "HandoffModel":
         if self._encoder is not None:
             self._encoder.model._apply(fn, *args, **kwargs)
@@ -144,7 +153,10 @@ class HandoffModel(PreTrainedModel):
             ids, mask: int64 [b, m], right-padded.
             states: H; not needed for the baselines `zero` and `constant`.
         """
-        embeds = self.prompt_embeddings(ids)
+        fusion = self.config.handoff.fusion
+        embeds = self.constant.new_zeros(*ids.shape, len(self.constant))
+        if fusion != "replace":  # where E is not used, the LLM's table is not needed for it
+            embeds = self.prompt_embeddings(ids)
         if self.signal == "zero":
             z = torch.zeros_like(embeds)
         elif self.signal == "constant":
@@ -156,7 +168,7 @@ class HandoffModel(PreTrainedModel):
                 if len(z) < 2:
                     raise BatonError("signal='shuffled' needs at least two prompts in a batch")
                 z = z.roll(1, 0)
-        return INJECT[self.config.handoff.fusion](embeds, z * mask[..., None].to(z.dtype), mask)
+        return INJECT[fusion](embeds, z * mask[..., None].to(z.dtype), mask)
 
     @property
     def needs_states(self) -> bool:
@@ -215,9 +227,7 @@ class HandoffModel(PreTrainedModel):
         return PromptInputs(embeds=embeds, mask=mask)
 
     @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:  # type: ignore[override]
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' own `generate` of the SLM, on the fused prompt: beams, streamers, logits processors.
 
         Args:
@@ -226,12 +236,12 @@ class HandoffModel(PreTrainedModel):
         Returns: response ids in the response tokenizer's vocabulary (after the start token for an encoder-decoder).
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ids, mask = _pack(input_ids, mask, to_left=True)
+        ids, mask = pack(input_ids, mask, to_left=True)
         inputs = self.encode(ids, mask, Timings())
         assert inputs.embeds is not None
         embeds, mask = inputs.embeds, inputs.mask
         if not self.slm.config.is_encoder_decoder:  # its `generate` appends at the right end
-            embeds, mask = _pack(embeds, mask, to_left=False)
+            embeds, mask = pack(embeds, mask, to_left=False)
         return self.slm.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
     # --- making, saving, loading ---------------------------------------------------------------------------------
@@ -255,8 +265,8 @@ class HandoffModel(PreTrainedModel):
         encoder = PromptEncoder.from_pretrained(
             llm, layer=options.layer, revision=revision, dtype=torch_dtype, device=where
         )
-        prompt_tokenizer = AutoTokenizer.from_pretrained(str(llm), revision=revision)
-        response_tokenizer = AutoTokenizer.from_pretrained(str(slm))
+        prompt_tokenizer = _load_tokenizer(llm, revision)
+        response_tokenizer = _load_tokenizer(slm)
         same = same_tokenizer(prompt_tokenizer, response_tokenizer)
         model = _load_slm(slm, torch_dtype).to(where)
         base: dict[str, Any] = {}
@@ -286,9 +296,7 @@ class HandoffModel(PreTrainedModel):
         made = cls(config, model, encoder, prompt_tokenizer, response_tokenizer).to(where)
         return made if torch_dtype == "auto" else made.to(torch_dtype)
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, card: str | None = None, **_: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, card: str | None = None, **_: Any) -> None:
         """Write the hand-off: complete or not at all.
 
         Stores config.json, the trained weights, both tokenizers, the SLM (unless frozen or adapted: then a pointer),
@@ -323,7 +331,7 @@ class HandoffModel(PreTrainedModel):
         return name.startswith("slm.") and "lora_" not in name
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         source: str | Path,
         *,
@@ -371,10 +379,10 @@ class HandoffModel(PreTrainedModel):
             reader = _find_encoder(llm, config, folder)
             if llm is not None:
                 config.llm["id"] = str(llm)
-        response_tokenizer = AutoTokenizer.from_pretrained(folder / "slm")
+        response_tokenizer = _load_tokenizer(folder / "slm")
         prompt_tokenizer = response_tokenizer
         if not config.same_tokenizer:
-            prompt_tokenizer = AutoTokenizer.from_pretrained(folder / "prompt_tokenizer")
+            prompt_tokenizer = _load_tokenizer(folder / "prompt_tokenizer")
         model = cls(config, slm, reader, prompt_tokenizer, response_tokenizer)
         weights = load_file(folder / WEIGHTS)
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -408,7 +416,12 @@ def _with_adapter(slm: PreTrainedModel, options: HandoffOptions) -> PreTrainedMo
     except ImportError as error:
         raise BatonError("LoRA needs peft: pip install 'baton-decoding[train]'") from error
     slm.requires_grad_(False)
-    adapter = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
+    adapter = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=2 * options.lora_rank,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in slm.modules()),  # GPT-2 stores its weights transposed
+    )
     return inject_adapter_in_model(adapter, slm)
 
 
@@ -420,6 +433,16 @@ def _load_slm(source: str | Path, dtype: Any) -> PreTrainedModel:
             return auto.from_pretrained(str(source), dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelMismatch(f"cannot load the SLM {source}: {first_line(error)}") from error
+
+
+def _load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
+    # Without any file transformers 5 makes an empty tokenizer for some families, and every word is unknown to it.
+    if Path(source).is_dir() and not any(any(Path(source).glob(p)) for p in ("*token*", "*vocab*", "*.model", "*spm*")):
+        raise ModelMismatch(f"{source} holds no tokenizer: save the model's own there")
+    try:
+        return AutoTokenizer.from_pretrained(str(source), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelMismatch(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
 
 
 def _find_encoder(llm: str | Path | None, config: HandoffConfig, folder: Path) -> PromptEncoder:
@@ -462,13 +485,6 @@ def _relative(target: Path, folder: Path) -> str:
 def _resolve(identifier: str, folder: Path) -> str:
     beside = folder / identifier
     return str(beside) if beside.is_dir() else identifier
-
-
-def _pack(rows: Tensor, mask: Tensor, *, to_left: bool) -> tuple[Tensor, Tensor]:
-    """Move the real entries of [b, m, ...] together at one end; their order stays."""
-    order = torch.argsort(mask.long(), dim=1, descending=to_left, stable=True)
-    index = order.reshape(*order.shape, *[1] * (rows.dim() - 2)).expand_as(rows)
-    return rows.gather(1, index), mask.gather(1, order)
 
 
 def _synchronize(device: torch.device) -> None:

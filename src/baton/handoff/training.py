@@ -1,5 +1,6 @@
 """Train a hand-off: the SLM and the projector learn to write from what the frozen LLM has read."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -9,15 +10,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from baton.data.storage import atomic_write
 from baton.errors import BatonError, DataError
 from baton.handoff.card import handoff_card
 from baton.handoff.config import HandoffOptions
 from baton.handoff.features import FeatureCache, build
 from baton.handoff.model import HandoffModel
+from baton.handoff.read import fingerprint
 from baton.models.writer import Writer
 from baton.train.dataset import PairDataset
 from baton.train.options import TrainOptions
-from baton.train.trainer import TextTrainer, bf16_is_fast, make_trainer, run
+from baton.train.trainer import TextTrainer, make_trainer, run
 from baton.types import Pair
 
 log = logging.getLogger(__name__)
@@ -55,12 +58,13 @@ def train_handoff(
     Returns: False when interrupted; the state is saved.
     """
     out = Path(out)
+    torch.manual_seed(train.seed)  # the new weights are drawn here
     model = HandoffModel.build(llm=llm, slm=slm, options=options, revision=revision, dtype="float32")
     model.config.held_out = held_out
-    _check_same_run(out, model, train)
     datasets = [_dataset(model, examples, truncate) for examples in (pairs, validation)]
     if not all(len(d) for d in datasets):
         raise DataError("no examples left to train or validate on: give more data")
+    _check_same_run(out, model, train, datasets)
     if model.needs_states:
         prompts = [ids for d in datasets for ids in d.prompts]
         cache = cache_states(model, prompts, out / RUN / "states", cache_gb, on_cache)
@@ -78,7 +82,6 @@ def train_handoff(
     )
     finished = run(trainer)
     if finished and trainer.is_world_process_zero():
-        dtype = torch.bfloat16 if bf16_is_fast("cuda" if torch.cuda.is_available() else "cpu") else None
         card = handoff_card(
             model.config,
             title=out.resolve().name,
@@ -86,7 +89,7 @@ def train_handoff(
             command=command or "baton.handoff.training.train_handoff(...)",
             validation=_last_metrics(trainer),
         )
-        model.to(dtype).save_pretrained(out, card=card)
+        model.save_pretrained(out, card=card)
     return finished
 
 
@@ -147,22 +150,42 @@ class _View:
 
 def _dataset(model: HandoffModel, pairs: Sequence[Pair], truncate: bool) -> PairDataset:
     return PairDataset(
-        pairs, model.prompt_tokenizer, model.response_tokenizer, limits=model.prompt_limits, truncate=truncate
+        pairs,
+        model.prompt_tokenizer,
+        model.response_tokenizer,
+        limits=model.prompt_limits,
+        truncate=truncate,
+        room=model.response_room,
     )
 
 
-def _check_same_run(out: Path, model: HandoffModel, train: TrainOptions) -> None:
-    """A run is continued only with the models and options it was started with."""
-    (out / RUN).mkdir(parents=True, exist_ok=True)
+def _check_same_run(out: Path, model: HandoffModel, train: TrainOptions, datasets: Sequence[PairDataset]) -> None:
+    """A run is continued only with the models, options and data it was started with."""
     path = out / RUN / "settings.json"
-    settings = {"llm": model.config.llm, "handoff": model.config.options, "train": asdict(train)}
+    settings = {
+        "llm": {k: v for k, v in model.config.llm.items() if k != "id"},  # the same model may have another name
+        "slm": {"sha256": fingerprint(model.slm)},
+        "handoff": model.config.options,
+        "train": asdict(train),
+        "data": {name: _digest(d) for name, d in zip(("pairs", "validation"), datasets, strict=True)},
+    }
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{part}.{k}" for part in settings for k in settings[part] if before[part].get(k) != settings[part][k]]
+        changed = [
+            f"{part}.{k}" for part in settings for k, v in settings[part].items() if before.get(part, {}).get(k) != v
+        ]
         if changed:
             raise BatonError(
                 f"{out} holds a run started with other settings ({', '.join(changed)}): use the same ones to "
                 "continue it, or another --out (or --overwrite) to start anew"
             )
-    else:
-        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        return
+    with atomic_write(path) as file:  # other processes may be about to read it
+        json.dump(settings, file, indent=1)
+
+
+def _digest(dataset: PairDataset) -> str:
+    digest = hashlib.sha256()
+    for ids in zip(dataset.prompts, dataset.responses, strict=True):
+        digest.update(repr(ids).encode())
+    return digest.hexdigest()

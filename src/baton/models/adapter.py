@@ -23,7 +23,7 @@ class Target(ABC):
     Attributes:
         context: most slots a row can have, or None. Prompt and response of a decoder-only model, start token and
             response of an encoder-decoder.
-        window: slots that sliding-window layers see, or None. A row must not grow beyond: see `fits`.
+        window: slots that sliding-window layers see, or None. A row must not grow beyond.
         reads_prompt: prompt tokens take slots of the rows (decoder-only).
         start: the token that responses start after (encoder-decoder), or None.
     """
@@ -38,6 +38,7 @@ class Target(ABC):
         config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self.window = _window(config)
+        self.lm_head = model.get_output_embeddings()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         attention = model.config._attn_implementation
         if attention not in ("sdpa", "eager"):
@@ -66,18 +67,27 @@ class Target(ABC):
         Returns: logits [b, q, V] in the model's dtype. `memory.keep` then drops tokens that were not accepted.
         """
 
-    def fits(self, slots: int) -> None:
-        """Raise UnsupportedModel where rows of so many slots would need sliding-window caching."""
+    def room(self, prompt_tokens: int, wanted: int) -> int:
+        """How many of the `wanted` response tokens the model has positions for; less than 1: the prompt is too long.
+
+        Raises:
+            UnsupportedModel: rows of that many slots would need sliding-window caching.
+        """
+        taken = prompt_tokens if self.reads_prompt else 1
+        if self.context is not None:  # the last token needs no position: nothing is read after it
+            wanted = min(wanted, self.context - taken + 1)
+        slots = taken + wanted - 1
         if self.window is not None and slots > self.window:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} attends within a sliding window of {self.window} tokens, which Baton "
                 f"does not cache yet, and prompt and response may take {slots}: lower max_new_tokens or shorten the "
                 "prompt"
             )
+        return wanted
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., d] to logits [..., V]."""
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.lm_head(hidden)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def mask(self, allowed: Tensor) -> Tensor:
@@ -315,8 +325,8 @@ def start_token(model: PreTrainedModel) -> int:
     Raises:
         UnsupportedModel: the model names none.
     """
-    for config in (model.generation_config, model.config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for config in (model.generation_config, model.config):
             found = getattr(config, name, None)
             if found is not None:
                 return int(found)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -93,14 +94,20 @@ def read_config(source: str | Path, revision: str | None = None) -> dict[str, An
     Raises:
         ModelMismatch: there is none.
     """
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelMismatch(f"{source} has no config.json: name a folder that save_pretrained wrote")
+    # A Hub id has one slash at most: do not ask the network about a path that was mistyped.
+    if not folder.is_dir() and (
+        isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    ):
+        raise ModelMismatch(f"no model at {str(source)!r}: there is no such folder")
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
     except (OSError, ValueError) as error:  # the Hub's own errors are both
-        raise ModelMismatch(f"no model at {source!r}, as a folder or on the Hub: {first_line(error)}") from error
+        raise ModelMismatch(f"no model at {str(source)!r}, as a folder or on the Hub: {first_line(error)}") from error
     if not config:
-        raise ModelMismatch(f"no model at {source!r}, as a folder or on the Hub")
+        raise ModelMismatch(f"no model at {str(source)!r}, as a folder or on the Hub")
     return dict(config)
 
 
@@ -139,7 +146,7 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "auto", device: str |
     try:
         config = AutoConfig.from_pretrained(str(source))
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if type(config) not in auto._model_mapping:
+        if type(config) not in auto._model_mapping or _only_encodes(config):
             raise UnsupportedModel(f"{source} is of type {model_type!r}, which does not write text")
         with quiet_loading():
             model = auto.from_pretrained(str(source), config=config, dtype=resolve_dtype(dtype))
@@ -147,6 +154,13 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "auto", device: str |
     except (OSError, ValueError, KeyError) as error:
         raise BatonError(f"cannot load {source} (type {model_type!r}): {first_line(error)}") from error
     return LanguageModel(model.to(resolve_device(device)).eval(), tokenizer, str(source))
+
+
+def _only_encodes(config: PreTrainedConfig) -> bool:
+    """Encoders such as BERT are listed as causal models too, for those who turn them into one."""
+    if type(config) not in AutoModelForMaskedLM._model_mapping or config.is_encoder_decoder:
+        return False
+    return not any("CausalLM" in name or "LMHead" in name for name in config.architectures or [])
 
 
 def first_line(error: Exception) -> str:

@@ -42,6 +42,16 @@ def join_rows(first: Tensor, first_mask: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first, second], 1).gather(1, source[..., None].expand(-1, -1, first.shape[-1]))
 
 
+def pack(rows: Tensor, mask: Tensor, *, to_left: bool) -> tuple[Tensor, Tensor]:
+    """Move the real entries of padded rows [b, m, ...] together at one end, in their order; mask: [b, m], 1 where real.
+
+    Returns: rows and mask, moved alike.
+    """
+    order = torch.argsort(mask.long(), dim=1, descending=to_left, stable=True)
+    index = order.reshape(*order.shape, *[1] * (rows.dim() - 2)).expand_as(rows)
+    return rows.gather(1, index), mask.gather(1, order)
+
+
 def response_logits(model: PreTrainedModel, prompt_embeds: Tensor, prompt_mask: Tensor, labels: Tensor) -> Tensor:
     """Teacher-forced logits, aligned with the labels: position i predicts label i.
 

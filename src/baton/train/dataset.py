@@ -1,6 +1,6 @@
 """Tokenized pairs and the batches made of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from baton.errors import DataError
 from baton.models.prompts import pad_right, tokenize_prompts
 from baton.models.text import IGNORE
 from baton.types import Pair
@@ -21,6 +22,8 @@ class PairDataset(Dataset):
         prompt_tokenizer: reads the prompt (the LLM's, where tokenizers differ).
         response_tokenizer: writes the response (the SLM's); its end token is appended.
         limits, truncate: see `tokenize_prompts`: prompts longer than a model allows are refused or cut.
+        room: from prompt tokens to the most response tokens that the model has positions for after them; longer
+            responses are refused or cut like prompts. None: any length.
         states: optional per-prompt hidden states, indexable by example, each [m, d] (see `handoff.features`).
     """
 
@@ -32,6 +35,7 @@ class PairDataset(Dataset):
         *,
         limits: Mapping[str, int] = MappingProxyType({}),
         truncate: bool = False,
+        room: Callable[[int], int] | None = None,
         states: Any = None,
     ) -> None:
         self.pairs = list(pairs)
@@ -40,6 +44,14 @@ class PairDataset(Dataset):
         end = response_tokenizer.eos_token_id
         self.responses = [ids if ids and ids[-1] == end else [*ids, end] for ids in responses]
         self.states = states
+        for index, (prompt, response) in enumerate(zip(self.prompts, self.responses, strict=True)):
+            most = len(response) if room is None else room(len(prompt))
+            if most < 1 or (most < len(response) and not truncate):
+                raise DataError(
+                    f"pair {index}: after a prompt of {len(prompt)} tokens the model has room for {max(most, 0)}, the "
+                    f"response has {len(response)}: shorten it, or cut with --truncate (truncate=True in Python)"
+                )
+            self.responses[index] = response[:most]
 
     def __len__(self) -> int:
         return len(self.pairs)

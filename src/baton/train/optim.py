@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 class MasterOptimizer(torch.optim.Optimizer):
@@ -71,12 +73,12 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> MasterOp
 
 
 def muon(model: nn.Module, *, lr: float, embedding_lr: float, weight_decay: float = 0.0) -> MasterOptimizer:
-    """Muon on hidden matrices, AdamW on embeddings (at `embedding_lr`), norms and biases (at `lr`)."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    """Muon on the weights of hidden linear maps, AdamW on all else: embeddings and output heads at `embedding_lr`."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    heads = [m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)]
+    wide = {id(p) for m in [*tables, *heads] if m is not None for p in m.parameters() if p.ndim == 2}
+    maps = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))} - wide
     trainable = [p for p in model.parameters() if p.requires_grad]
-    wide = [p for p in trainable if p.ndim == 2 and id(p) in embeddings]
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
-    rest = [p for p in trainable if p.ndim != 2]
 
     def make_muon(masters: list[torch.Tensor], rate: float) -> torch.optim.Optimizer:
         # match_rms_adamw: one learning rate means the same step size for both optimizers (arXiv 2502.16982).
@@ -84,9 +86,9 @@ def muon(model: nn.Module, *, lr: float, embedding_lr: float, weight_decay: floa
 
     return MasterOptimizer(
         [
-            {"params": matrices, "lr": lr, "make": make_muon},
-            {"params": wide, "lr": embedding_lr, "make": _make_adamw(0.0)},
-            {"params": rest, "lr": lr, "make": _make_adamw(0.0)},
+            {"params": [p for p in trainable if id(p) in maps], "lr": lr, "make": make_muon},
+            {"params": [p for p in trainable if id(p) in wide], "lr": embedding_lr, "make": _make_adamw(0.0)},
+            {"params": [p for p in trainable if id(p) not in maps | wide], "lr": lr, "make": _make_adamw(0.0)},
         ]
     )
 

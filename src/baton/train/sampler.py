@@ -9,6 +9,8 @@ from torch.utils.data import Sampler
 class LengthBucketSampler(Sampler[int]):
     """Example indices such that each run of `batch_size` has similar lengths, in an order new each epoch.
 
+    Only whole batches: what does not fill one is left out, other examples each epoch.
+
     The order depends on the *global* batch size only, so two processes with half the batch each see, step by step,
     the same examples as one process with the whole batch.
 
@@ -28,19 +30,16 @@ class LengthBucketSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) - len(self.lengths) % self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.seed}:{self.epoch}")
         indices = list(range(len(self.lengths)))
         rng.shuffle(indices)
-        # The examples that do not fill a batch come last, whatever their length: every batch before them stays whole.
-        whole = len(indices) - len(indices) % self.batch_size
+        indices = indices[: len(self)]
         batches = []
-        for start in range(0, whole, self.batch_size * self.megabatch):
-            chunk = sorted(
-                indices[start : min(start + self.batch_size * self.megabatch, whole)], key=self.lengths.__getitem__
-            )
+        for start in range(0, len(indices), self.batch_size * self.megabatch):
+            chunk = sorted(indices[start : start + self.batch_size * self.megabatch], key=self.lengths.__getitem__)
             batches += [chunk[i : i + self.batch_size] for i in range(0, len(chunk), self.batch_size)]
         rng.shuffle(batches)
-        return iter([i for batch in [*batches, indices[whole:]] for i in batch])
+        return iter([i for batch in batches for i in batch])

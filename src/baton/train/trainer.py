@@ -1,9 +1,12 @@
-"""The training loop: transformers' Trainer with a response-only loss, length buckets and complete-or-absent checkpoints."""
+"""The training loop: transformers' Trainer with a response-only loss, length buckets and whole checkpoints."""
 
+import errno
 import functools
 import math
+import os
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Adafactor, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Adafactor,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
-from baton.errors import StorageError, UnknownOption, nearest
+from baton.data.storage import storage_errors
+from baton.errors import DataError, StorageError, UnknownOption, nearest
 from baton.models.text import IGNORE
 from baton.train.dataset import Collator, PairDataset
 from baton.train.optim import MasterOptimizer, adamw, muon
@@ -21,6 +33,7 @@ from baton.train.options import TrainOptions
 from baton.train.sampler import LengthBucketSampler
 
 COMPLETE = "complete"  # written last into a checkpoint: a folder without it was cut off while saving
+TRAINED = "trained"  # in the folder of a run that came to its end: the options it was run with
 Quality = Callable[[nn.Module], dict[str, float]]
 
 
@@ -60,6 +73,8 @@ def _adafactor(masters: list[Tensor], lr: float, weight_decay: float) -> torch.o
 class TextTrainer(Trainer):
     """Trains anything called as `model(input_ids, attention_mask, labels, ...)` that returns aligned `logits`."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *args: Any, options: TrainOptions, quality: Quality | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.options, self.quality = options, quality
@@ -82,16 +97,19 @@ class TextTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(**inputs)
-        # Validation reports the plain negative log-likelihood; smoothing is a training aid.
-        smoothing = self.options.label_smoothing if model.training else 0.0
-        loss = response_loss(outputs.logits, inputs["labels"], smoothing, num_items_in_batch)
+        loss = response_loss(outputs.logits, inputs["labels"], self.options.label_smoothing, num_items_in_batch)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, not summed
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple:
+        """Negative log-likelihood [b] and tokens [b] of each response: `validation_loss` is made of these sums."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            logits = model(**inputs).logits.float()
+        nll = nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORE, reduction="none").sum(1)
+        return None, nll, (labels != IGNORE).sum(1)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
@@ -110,24 +128,41 @@ class TextTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                (folder / COMPLETE).touch()
-        except OSError as error:
+            with storage_errors(folder, f"kept: {last_checkpoint(self.args.output_dir)}"):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    _check_whole(folder)
+                    (folder / COMPLETE).touch()
+        except StorageError:
             shutil.rmtree(folder, ignore_errors=True)
-            last = last_checkpoint(self.args.output_dir)
-            raise StorageError(f"cannot save {folder} ({error}): free some space and run again; kept: {last}") from error
+            raise
+
+    def restore(self, checkpoint: Path) -> None:
+        """The state and the weights that a finished run ended with: the best ones, where those are kept."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            best = checkpoint.parent / Path(self.state.best_model_checkpoint).name
+            checkpoint = best if best.is_dir() else checkpoint
+        self.model.load_state_dict(torch.load(checkpoint / "pytorch_model.bin", map_location="cpu", weights_only=True))
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise for a file whose end is missing: on a full disk torch.save may say nothing about the last few kB."""
+    for path in folder.iterdir():
+        if path.suffix in (".bin", ".pt", ".pth") and not zipfile.is_zipfile(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def validation_loss(sums: EvalPrediction) -> dict[str, float]:
+    """Plain negative log-likelihood per response token, whatever the batches and processes it was computed in."""
+    return {"loss": float(sums.predictions.sum(dtype="float64") / sums.label_ids.sum())}
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in a run's folder. Incomplete ones are left from a kill and are removed."""
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        if (path / COMPLETE).exists():
-            found.append(path)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    """The newest complete checkpoint in a run's folder."""
+    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 class EpochOrder(TrainerCallback):
@@ -142,7 +177,7 @@ class EpochOrder(TrainerCallback):
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """First Ctrl-C (or SIGTERM): finish the step, save, stop. Second: stop at once."""
+    """First Ctrl-C (or SIGTERM): finish the step, save, stop, all processes together. Second: stop at once."""
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -161,10 +196,15 @@ class SaveOnInterrupt(TrainerCallback):
         self.interrupted = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:  # a signal reaches them at different times, and a step needs all of them
+            votes = torch.tensor(int(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(votes)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def end(self) -> None:
+        """Give the signals back to whoever had them."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -194,7 +234,10 @@ def make_trainer(
     quality: Quality | None = None,
     cpu: bool | None = None,
 ) -> TextTrainer:
-    """A trainer ready to run; `run` starts it or continues it. The model is converted to the training dtype."""
+    """A trainer ready to run; `run` starts it or continues it. The model is converted to the training dtype.
+
+    Raises: UnknownOption for options that do not fit each other; DataError for too few examples.
+    """
     cpu = not torch.cuda.is_available() if cpu is None else cpu
     model.to(resolve_dtype(options.precision, "cpu" if cpu else "cuda"))
     processes = TrainingArguments(output_dir=str(out), use_cpu=cpu, report_to=[]).world_size
@@ -202,16 +245,23 @@ def make_trainer(
         raise UnknownOption(f"batch_size={options.batch_size} cannot be split over {processes} processes")
     share = options.batch_size // processes
     micro = min(options.micro_batch_size or share, share)
-    accumulate = math.ceil(share / micro)
+    if share % micro:
+        raise UnknownOption(f"micro_batch_size={micro} does not divide the {share} examples of one process and step")
+    if options.patience and options.save_every % options.eval_every:
+        raise UnknownOption(
+            f"save_every={options.save_every} is not a multiple of eval_every={options.eval_every}: the best step "
+            "would not be there to keep; change one, or turn early stopping off (patience=0)"
+        )
+    if len(train) < options.batch_size:
+        raise DataError(f"{len(train)} training examples do not fill a batch of {options.batch_size}: lower batch_size")
     arguments = TrainingArguments(
-        output_dir=str(out),
+        output_dir=str(Path(out).resolve()),  # recorded as the place of the best checkpoint
         use_cpu=cpu,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
-        per_device_train_batch_size=share // accumulate,
-        gradient_accumulation_steps=accumulate,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=share // micro,
         per_device_eval_batch_size=micro,
-        dataloader_drop_last=True,
         dataloader_pin_memory=not cpu,
         remove_unused_columns=False,
         lr_scheduler_type="cosine",
@@ -222,13 +272,15 @@ def make_trainer(
         save_strategy="steps",
         save_steps=options.save_every,
         save_total_limit=2,
-        load_best_model_at_end=bool(options.patience) and options.save_every % options.eval_every == 0,
+        load_best_model_at_end=bool(options.patience),
+        restore_callback_states_from_checkpoint=True,  # how long validation has not improved
         metric_for_best_model="loss",
         greater_is_better=False,
-        logging_steps=10,
+        logging_steps=math.gcd(10, options.save_every),  # a mean over steps must not span a checkpoint
         report_to=_reporters(),
         seed=options.seed,
         ddp_find_unused_parameters=False,
+        ddp_timeout=24 * 3600,  # the first process may write out validation prompts while the others wait
         label_names=["labels"],
         disable_tqdm=False,
     )
@@ -238,6 +290,7 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=validation,
         data_collator=Collator(prompt_pad_id),
+        compute_metrics=validation_loss,
         options=options,
         quality=quality,
     )
@@ -248,12 +301,30 @@ def make_trainer(
 
 
 def run(trainer: TextTrainer) -> bool:
-    """Train to the end, or continue where an earlier run stopped. Returns False when interrupted (state is saved)."""
+    """Train to the end, or continue where an earlier run stopped. Returns False when interrupted (state is saved).
+
+    A run that had come to its end with the same options is not trained further: its weights are loaded.
+    """
+    folder = Path(trainer.args.output_dir)
+    checkpoint, trained = last_checkpoint(folder), folder / TRAINED
+    if checkpoint and trained.exists() and trained.read_text(encoding="utf-8") == repr(trainer.options):
+        trainer.restore(checkpoint)
+        return True
+    if trainer.is_world_process_zero():
+        for path in folder.glob("checkpoint-*"):
+            if not (path / COMPLETE).exists():  # cut off by a kill
+                shutil.rmtree(path, ignore_errors=True)
     interrupt = SaveOnInterrupt()
     trainer.add_callback(interrupt)
-    checkpoint = last_checkpoint(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return not interrupt.interrupted
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        interrupt.end()
+    if interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        return False
+    if trainer.is_world_process_zero():
+        trained.write_text(repr(trainer.options), encoding="utf-8")
+    return True
 
 
 def _reporters() -> list[str]:

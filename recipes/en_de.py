@@ -75,10 +75,10 @@ LLM = TrainOptions(
 )
 # Both halves of a comparison use the same options: same labels, same steps, same schedule.
 START = replace(LLM, max_steps=600)
-CONTINUE = replace(START, max_steps=800, learning_rate=3e-3, embedding_lr=1e-2)
+CONTINUE = replace(START, max_steps=600, learning_rate=3e-3, embedding_lr=1e-2)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
 GPT_START = replace(START, max_steps=400, embedding_lr=3e-3)
-GPT_CONTINUE = replace(CONTINUE, max_steps=500, embedding_lr=3e-3)
+GPT_CONTINUE = replace(CONTINUE, max_steps=400, embedding_lr=3e-3)
 
 
 def t5(*, d_model: int, d_kv: int, num_heads: int, d_ff: int, encoder: int, decoder: int) -> PreTrainedModel:
@@ -107,7 +107,7 @@ def gpt() -> PreTrainedModel:
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=GPT_VOCAB,
-            n_positions=256,
+            n_positions=512,
             n_embd=160,
             n_layer=2,
             n_head=5,

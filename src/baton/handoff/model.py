@@ -273,7 +273,7 @@ class HandoffModel(PreTrainedModel):
         if options.slm_training != "full":
             base = {"id": str(slm), "sha256": fingerprint(model)}
         if options.slm_training == "lora":
-            model = _with_adapter(model, options)
+            model = with_adapter(model, options)
         config = HandoffConfig(
             llm={
                 "id": str(llm),
@@ -373,7 +373,7 @@ class HandoffModel(PreTrainedModel):
             if fingerprint(slm) != config.slm_base["sha256"]:
                 raise ModelMismatch(f"{base} is not the SLM this adapter was trained on: its weights have changed")
             if options.slm_training == "lora":
-                slm = _with_adapter(slm, options)
+                slm = with_adapter(slm, options)
         reader = None
         if encoder:
             reader = _find_encoder(llm, config, folder)
@@ -410,7 +410,7 @@ def _set_trainable(model: HandoffModel, options: HandoffOptions) -> None:
                 module.requires_grad_(False)
 
 
-def _with_adapter(slm: PreTrainedModel, options: HandoffOptions) -> PreTrainedModel:
+def with_adapter(slm: PreTrainedModel, options: HandoffOptions) -> PreTrainedModel:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoModelForTextEncoding,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from baton.errors import ModelMismatch, UnknownOption, UnsupportedModel
-from baton.models.loading import first_line, quiet_loading, read_config
+from baton.models.loading import first_line, kind_of, quiet_loading, read_config
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -31,18 +29,6 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
-
-
-def kind_of(config: PreTrainedConfig) -> str:
-    """encoder-decoder, decoder-only or encoder-only."""
-    if config.is_encoder_decoder:
-        return "encoder-decoder"
-    architectures = " ".join(config.architectures or [])
-    generates = "CausalLM" in architectures or "LMHead" in architectures
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    masked = type(config) in AutoModelForMaskedLM._model_mapping
-    # Some families (BERT, RoBERTa) are in both lists: they are encoders unless built as a language model.
-    return "decoder-only" if causal and (generates or not masked) else "encoder-only"
 
 
 def resolve_layer(layer: str, num_layers: int) -> int | None:

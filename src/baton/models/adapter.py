@@ -163,20 +163,18 @@ class EncoderDecoder(Target):
         self.position_table: nn.Embedding | None = getattr(self.decoder, "embed_positions", None)
         self.logits_bias: Tensor | None = getattr(model, "final_logits_bias", None)
 
-    def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor | None]:
-        """Encoder states [b, m, d] and the cross-attention mask; None where no row is padded."""
+    def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
+        """Encoder states [b, m, d] and bool [b, 1, 1, m], True where they may be attended to."""
         states = self.encoder(
             input_ids=inputs.ids, inputs_embeds=inputs.embeds, attention_mask=inputs.mask
         ).last_hidden_state
-        allowed = inputs.mask.bool()[:, None, None, :]
-        return states, None if bool(allowed.all()) else allowed
+        return states, inputs.mask.bool()[:, None, None, :]
 
     @torch.inference_mode()
     def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
         states, allowed = self.encode(inputs)
         # A mask even where nothing is padded: stock code would make one at every step.
-        ones = torch.ones((len(states), 1, 1, states.shape[1]), dtype=torch.bool, device=self.device)
-        cross = CrossCache(len(self.layers), states, self.mask(ones if allowed is None else allowed))
+        cross = CrossCache(len(self.layers), states, self.mask(allowed))
         memory = Memory(RowCache(len(self.layers), len(states)), cross)
         start = torch.full((len(states), 1), self.start, device=self.device)
         return self.forward(start, memory)[:, -1], memory
@@ -232,23 +230,12 @@ class T5(EncoderDecoder):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.context = None  # relative positions have no end
+        self.boolean_masks = False  # the blocks add their masks to the bias
         scaled = getattr(model.config, "scale_decoder_outputs", False)  # mT5 never scales
         self.scale: float | None = model.config.d_model**-0.5 if scaled else None
         self.bias_by_distance = self._biases(512)  # [n, heads], distance 0 first
         self.bias_until_now = self._until_now()
         self.no_mask = torch.zeros((1, 1, 1, 1), dtype=self.dtype, device=self.device)
-
-    @torch.inference_mode()
-    def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
-        states, allowed = self.encode(inputs)
-        if allowed is None:
-            bias = self.no_mask.expand(len(states), 1, 1, states.shape[1]).contiguous()
-        else:
-            bias = self.additive(allowed)
-        cross = CrossCache(len(self.layers), states, bias)
-        memory = Memory(RowCache(len(self.layers), len(states)), cross)
-        start = torch.full((len(states), 1), self.start, device=self.device)
-        return self.forward(start, memory)[:, -1], memory
 
     @torch.inference_mode()
     def forward(

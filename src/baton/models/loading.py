@@ -146,7 +146,7 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "auto", device: str |
     try:
         config = AutoConfig.from_pretrained(str(source))
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if type(config) not in auto._model_mapping or _only_encodes(config):
+        if type(config) not in auto._model_mapping or kind_of(config) == "encoder-only":
             raise UnsupportedModel(f"{source} is of type {model_type!r}, which does not write text")
         with quiet_loading():
             model = auto.from_pretrained(str(source), config=config, dtype=resolve_dtype(dtype))
@@ -156,11 +156,16 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "auto", device: str |
     return LanguageModel(model.to(resolve_device(device)).eval(), tokenizer, str(source))
 
 
-def _only_encodes(config: PreTrainedConfig) -> bool:
-    """Encoders such as BERT are listed as causal models too, for those who turn them into one."""
-    if type(config) not in AutoModelForMaskedLM._model_mapping or config.is_encoder_decoder:
-        return False
-    return not any("CausalLM" in name or "LMHead" in name for name in config.architectures or [])
+def kind_of(config: PreTrainedConfig) -> str:
+    """encoder-decoder, decoder-only or encoder-only."""
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    architectures = " ".join(config.architectures or [])
+    generates = "CausalLM" in architectures or "LMHead" in architectures
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    masked = type(config) in AutoModelForMaskedLM._model_mapping
+    # Some families (BERT, RoBERTa) are in both lists: they are encoders unless built as a language model.
+    return "decoder-only" if causal and (generates or not masked) else "encoder-only"
 
 
 def first_line(error: Exception) -> str:

@@ -61,9 +61,10 @@ STAGES = {
     "publish": False,  # into models/, with cards; measured results into benchmarks/results/
 }
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path.home() / ".cache" / "baton" / "en-de"  # outside of the clone: a run outlives it
 VOCAB, GPT_VOCAB = 3072, 1536
 LLM = TrainOptions(
-    max_steps=1250,
+    max_steps=3000,
     batch_size=512,
     learning_rate=6e-3,
     embedding_lr=3e-2,
@@ -74,11 +75,11 @@ LLM = TrainOptions(
     max_quality_examples=0,
 )
 # Both halves of a comparison use the same options: same labels, same steps, same schedule.
-START = replace(LLM, max_steps=600)
-CONTINUE = replace(START, max_steps=600, learning_rate=3e-3, embedding_lr=1e-2)
+START = replace(LLM, max_steps=1000)
+CONTINUE = replace(START, max_steps=1500, learning_rate=3e-3, embedding_lr=1e-2)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
-GPT_START = replace(START, max_steps=400, embedding_lr=3e-3)
-GPT_CONTINUE = replace(CONTINUE, max_steps=400, embedding_lr=3e-3)
+GPT_START = replace(START, max_steps=600, embedding_lr=3e-3)
+GPT_CONTINUE = replace(CONTINUE, max_steps=900, embedding_lr=3e-3)
 
 
 def t5(*, d_model: int, d_kv: int, num_heads: int, d_ff: int, encoder: int, decoder: int) -> PreTrainedModel:
@@ -296,7 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"any of {', '.join(STAGES)}; none means all")
     parser.add_argument("--data", type=Path, required=True, help="deu-eng.zip")
-    parser.add_argument("--out", type=Path, default=Path("runs/en-de"))
+    parser.add_argument("--out", type=Path, default=CACHE, help=f"where runs are kept; {CACHE}")
     parser.add_argument("--processes", type=int, default=1, help="training processes")
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):

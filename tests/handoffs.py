@@ -32,7 +32,9 @@ SMALL = 24  # width of the SLMs: not the LLMs', so that a mix-up of the two show
 @cache
 def other_tokenizer(*, append_eos: bool = False) -> PreTrainedTokenizerFast:
     """Shares no segmentation with `tiny.tokenizer`: other merges, another size."""
-    made = train_bpe(["Abracadabra! Wer liest, der schreibt; wer schreibt, der liest."], OTHER_VOCAB, append_eos=append_eos)
+    made = train_bpe(
+        ["Abracadabra! Wer liest, der schreibt; wer schreibt, der liest."], OTHER_VOCAB, append_eos=append_eos
+    )
     assert len(made) == OTHER_VOCAB
     return made
 
@@ -68,7 +70,12 @@ MODELS: dict[str, Any] = {
     "bart-untied": (tiny.bart, 14, {"d_model": SMALL, "tie_word_embeddings": False}, tiny.tokenizer()),
     "t5-other": (tiny.t5, 10, {"d_model": SMALL, "vocab_size": OTHER_VOCAB}, other_tokenizer(append_eos=True)),
     "gpt2-other": (tiny.gpt2, 11, {"n_embd": SMALL, "vocab_size": OTHER_VOCAB}, other_tokenizer()),
-    "llama-other": (tiny.llama, 12, {"hidden_size": SMALL, "head_dim": 8, "vocab_size": OTHER_VOCAB}, other_tokenizer()),
+    "llama-other": (
+        tiny.llama,
+        12,
+        {"hidden_size": SMALL, "head_dim": 8, "vocab_size": OTHER_VOCAB},
+        other_tokenizer(),
+    ),
 }
 
 

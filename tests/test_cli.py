@@ -605,7 +605,7 @@ def test_too_few_pairs_for_a_batch(models: Path, tmp_path: Path) -> None:
 def test_the_plan_counts_what_is_trained(training_of: Any, expected: int, models: Path) -> None:
     """Two linear maps of width 32 with biases; the adapter's rank times in + out features on top."""
     from baton.cli.train import plan
-    from baton.handoff.model import _with_adapter
+    from baton.handoff.model import with_adapter
 
     options = HandoffOptions(slm_training=training_of, lora_rank=2)
     pair = [Pair(prompt="a", response="b")]
@@ -614,7 +614,7 @@ def test_the_plan_counts_what_is_trained(training_of: Any, expected: int, models
         **sources, pairs=pair, validation=pair, options=options, train=TrainOptions(), revision=None, cache_gb=1
     )
     if training_of == "lora":
-        slm = _with_adapter(tiny.t5(1, num_layers=1, num_decoder_layers=1), options)
+        slm = with_adapter(tiny.t5(1, num_layers=1, num_decoder_layers=1), options)
         expected = 2112 + sum(p.numel() for p in slm.parameters() if p.requires_grad)
     assert facts["trainable"] == f"{expected:,} parameters, fusion: add"
 

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from baton.engine import generate
 from baton.errors import PromptError
 from baton.handoff.model import HandoffModel
-from baton.models.prompts import pad_right
 from baton.models.text import IGNORE, TextToText, response_logits, shift_right
 from baton.train.dataset import PairDataset
 from baton.train.trainer import adamw, response_loss
@@ -207,7 +206,7 @@ def first_layers(slm: Any) -> tuple[nn.Module | None, nn.Module]:
 @everywhere
 @pytest.mark.parametrize("writer", ["baton", "transformers"])
 def test_06_the_llm_reads_once_whatever_is_written(case: Case, fusion: str, writer: str) -> None:
-    """For n tokens: LLM and projector once, the SLM's prompt pass once, its decode step n times (the first in prefill)."""
+    """For n tokens: LLM and projector once, the SLM's prompt pass once, its step n times (the first in prefill)."""
     model = handoff(case, fusion=fusion)
     encoder_layer, decoder_layer = first_layers(model.slm)
     prompts = PROMPTS[:2]
@@ -522,7 +521,7 @@ def test_18_too_long_prompts_are_refused_or_cut_once_for_both_paths(fusion: str,
             generate(model, [PROMPTS[0], prompt])
         assert not llm
         generate(model, [prompt], truncate=True, max_new_tokens=1)
-    cut = prompt_rows(model, [prompt])[0][: slm_limit - 1] + [tiny.EOS]
+    cut = [*prompt_rows(model, [prompt])[0][: slm_limit - 1], tiny.EOS]
     assert llm[0].tolist() == [cut]
     assert dataset(True).prompts[1] == cut
 

@@ -212,9 +212,11 @@ def test_the_check_does_not_depend_on_the_dtype_asked_for(dtype: str, tmp_path: 
     assert loaded.encoder.model.dtype == getattr(torch, dtype)
 
 
-@pytest.mark.parametrize("case", [Case(n, "t5-slm") for n in KINDS] + [Case(n, "t5-slm", "2") for n in ("llama", "gpt2")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(n, "t5-slm") for n in KINDS] + [Case(n, "t5-slm", "2") for n in ("llama", "gpt2")], ids=str
+)
 def test_the_stored_llm_reads_the_same(case: Case, tmp_path: Path) -> None:
-    """include_llm: the folder alone is enough, also where only the lower layers are stored; the pointer still counts."""
+    """include_llm: the folder alone is enough, also where only lower layers are stored; the pointer still counts."""
     model = untrained(case, include_llm=True)
     model.config.llm["id"] = "gone/gone"
     model.save_pretrained(tmp_path / "a")

@@ -65,7 +65,7 @@ def test_join_rows_leaves_no_gap() -> None:
 def test_a_batch_is_no_wider_than_its_longest_row() -> None:
     """A long prompt beside a long response needs as many positions as each row has, not the two lengths together."""
     model = tiny.gpt2(n_positions=12)
-    prompts, responses = [list(range(5, 15)), [5, 6]], [[20, 1], list(range(20, 29)) + [1]]
+    prompts, responses = [list(range(5, 15)), [5, 6]], [[20, 1], [*list(range(20, 29)), 1]]
     ids, mask = pad_right(prompts)
     labels, _ = pad_right(responses, IGNORE)
     with torch.no_grad():

@@ -133,7 +133,9 @@ def test_responses_need_room() -> None:
     pair = Pair(prompt="the cat", response="die Katze schreibt")
     prompt, response = dataset([pair]).prompts[0], dataset([pair]).responses[0]
     assert dataset([pair], room=lambda m: m + 100).responses == [response]
-    with pytest.raises(DataError, match=rf"pair 0: after a prompt of {len(prompt)} .*room for 4, .* has {len(response)}"):
+    with pytest.raises(
+        DataError, match=rf"pair 0: after a prompt of {len(prompt)} .*room for 4, .* has {len(response)}"
+    ):
         dataset([pair], room=lambda m: 4)
     assert dataset([pair], room=lambda m: 4, truncate=True).responses == [response[:4]]
     with pytest.raises(DataError, match="room for 0"):
@@ -336,9 +338,7 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "optimizer.pt", "trainer_state.json"])
-def test_a_full_disk_keeps_the_last_good_checkpoint(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_last_good_checkpoint(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever file does not fit. With room again the same command ends as if nothing had happened."""
     whole = trainer_in(tmp_path / "whole")
     assert run(whole)

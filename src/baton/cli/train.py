@@ -27,7 +27,7 @@ from baton.data.tatoeba import sentence_key
 from baton.errors import BatonError, DataError
 from baton.handoff.config import HandoffConfig, HandoffOptions
 from baton.handoff.features import estimate_gib
-from baton.handoff.model import HandoffModel, with_adapter, same_tokenizer
+from baton.handoff.model import HandoffModel, same_tokenizer, with_adapter
 from baton.handoff.read import resolve_layer
 from baton.handoff.training import RUN, train_handoff
 from baton.models.loading import kind_of, read_config

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from baton.data.formats import read_pairs
 from baton.engine import generate
 from baton.errors import DataError, UnknownOption, nearest
+from baton.handoff.inject import INJECT
 from baton.handoff.model import HandoffModel, local_folder
 from baton.models.loading import load
 from baton.models.prompts import pad_right, tokenize_prompts
@@ -109,9 +110,11 @@ def evaluate(
         llm, slm: where the models are, when not where the hand-off says.
         limit: use only the first so many pairs.
         modes: any of `MODES`. `zero`, `constant` (mean Z) and `shuffled` (Z of another prompt) replace Z.
+        dtype: of all models; "auto" is the one the hand-off is stored in.
         speed_prompts, repeats: prompts timed one by one, and how often.
         progress: called with (what, done, total).
-    Raises: DataError without test data; ModelMismatch for another LLM.
+    Returns: numbers for all modes but those that `settings["left_out"]` gives a reason for.
+    Raises: DataError without test data; ModelMismatch for a missing or another LLM.
     """
     for mode in modes:
         if mode not in MODES:
@@ -123,11 +126,19 @@ def evaluate(
             raise DataError(f"{folder} names no held-out split: pass test pairs (--data test.jsonl)")
         pairs = read_pairs(home / model.config.held_out)[0]
     pairs = list(pairs)[:limit]
+    if not pairs:
+        raise DataError("no test pairs: give at least one")
     writers: dict[str, Writer] = {}
-    if "llm" in modes:
-        writers["llm"] = load(model.config.llm["id"], dtype=dtype, device=device)
-    if "slm" in modes and (alone := slm or model.config.slm_alone):
-        writers["slm"] = load(alone, dtype=dtype, device=device)
+    left_out: dict[str, str] = {}
+    if "llm" in modes and model.config.llm["kind"] == "encoder-only":
+        left_out["llm"] = "an encoder does not write"
+    elif "llm" in modes:
+        writers["llm"] = load(model.config.llm["id"], dtype=model.dtype, device=device)
+    alone = slm or model.config.slm_alone
+    if "slm" in modes and not alone:
+        left_out["slm"] = "the hand-off names no SLM trained alone: pass one (--slm)"
+    elif "slm" in modes:
+        writers["slm"] = load(str(alone), dtype=model.dtype, device=device)
     writers |= _variants(model, [p.prompt for p in pairs], [m for m in modes if m not in ("llm", "slm")], truncate)
     report = EvalReport(
         machine=machine(),
@@ -142,6 +153,7 @@ def evaluate(
             "speed_prompts": min(speed_prompts, len(pairs)),
             "repeats": repeats,
             "max_new_tokens": max_new_tokens,
+            "left_out": left_out,
         },
     )
     texts = {}
@@ -174,12 +186,13 @@ class _Shuffled:
         start = time.perf_counter()
         rows = [tuple(row[: int(n)].tolist()) for row, n in zip(ids, mask.sum(1), strict=True)]
         other, other_mask = pad_right([self.donors[row] for row in rows], device=ids.device)
-        states = self.model.read(other, other_mask) * other_mask[..., None]
-        width = ids.shape[1]
-        states = nn.functional.pad(states, (0, 0, 0, max(0, width - states.shape[1])))[:, :width]
+        states = self.model.read(other, other_mask)
         timings.encode_s += time.perf_counter() - start
         start = time.perf_counter()
-        embeds, mask = self.model.inject(ids, mask, states)
+        z = self.model.project(states) * other_mask[..., None]  # 0 where the other prompt has ended
+        z = nn.functional.pad(z, (0, 0, 0, max(0, ids.shape[1] - z.shape[1])))[:, : ids.shape[1]]
+        embeds = self.model.prompt_embeddings(ids)
+        embeds, mask = INJECT[self.model.config.handoff.fusion](embeds, z * mask[..., None], mask)
         timings.project_s += time.perf_counter() - start
         return PromptInputs(embeds=embeds, mask=mask)
 
@@ -211,6 +224,8 @@ def _variants(model: HandoffModel, prompts: list[str], modes: Iterable[str], tru
             made[mode] = _Signalled(model, "constant", _mean_z(model, rows))
         elif mode == "shuffled":
             unique = list(dict.fromkeys(map(tuple, rows)))
+            if len(unique) < 2:
+                raise DataError("mode 'shuffled' takes Z from another prompt: give two different ones, or leave it out")
             made[mode] = _Shuffled(model, {row: list(unique[i - 1]) for i, row in enumerate(unique)})
     return made
 
@@ -305,11 +320,12 @@ def _measure_speed(
         report.decode_memory_mb[mode] = (_bytes(writer.lm) + cache) / 1e6
         reading = _bytes(model.encoder.model) + _bytes(model) if mode not in ("llm", "slm") else _bytes(writer.lm)
         report.peak_memory_mb[mode] = (reading + cache) / 1e6
-    if {"llm", "handoff"} <= set(writers):
+    if {"llm", "handoff"} <= set(writers) and report.ms_per_token["handoff"]:
         report.speedup_decode = report.ms_per_token["llm"] / report.ms_per_token["handoff"]
+    if {"llm", "handoff"} <= set(writers):
         report.speedup_total = report.total_ms["llm"] / report.total_ms["handoff"]
     if {"llm", "slm", "handoff"} <= set(writers) and len(prompts) >= 2:
-        _predict(report, passes, encoder_s)
+        _predict(report, passes, encoder_s, model.config.llm["kind"])
 
 
 def _time_encoder(model: HandoffModel, prompt: str, truncate: bool) -> float:
@@ -323,11 +339,12 @@ def _time_encoder(model: HandoffModel, prompt: str, truncate: bool) -> float:
     return time.perf_counter() - start
 
 
-def _predict(report: EvalReport, passes: list[dict[str, _Clock]], encoder_s: list[list[float]]) -> None:
+def _predict(report: EvalReport, passes: list[dict[str, _Clock]], encoder_s: list[list[float]], kind: str) -> None:
     """T_llm = t_enc + n L, T_slm = t_pre + n s, T_ours = t_enc + t_proj + t_pre + n s, in ms per prompt.
 
     Even prompts give the parts (t_enc from the encoder run alone, t_pre and s from the SLM run alone, L from the
-    LLM), odd prompts the totals; n counts decode steps. The LLM's first token costs one more step after its encoder.
+    LLM), odd prompts the totals; n counts decode steps. An encoder-decoder LLM's first token costs one more step after
+    its encoder; a decoder-only one's comes with its prompt pass, which stands for t_enc in T_llm.
     """
     predicted: dict[str, list[float]] = {"llm": [], "slm": [], "handoff": []}
     measured: dict[str, list[float]] = {"llm": [], "slm": [], "handoff": []}
@@ -339,8 +356,9 @@ def _predict(report: EvalReport, passes: list[dict[str, _Clock]], encoder_s: lis
         t_proj = mean(t.project_s for t in known["handoff"].times)
         n = {mode: mean(t.steps for t in clocks[mode].times[1::2]) for mode in predicted}
         s, step = known["slm"].step_s, known["llm"].step_s
+        t_llm = t_enc + step if kind == "encoder-decoder" else mean(t.prefill_s for t in known["llm"].times)
         for mode, total in (
-            ("llm", t_enc + (n["llm"] + 1) * step),
+            ("llm", t_llm + n["llm"] * step),
             ("slm", t_pre + n["slm"] * s),
             ("handoff", t_enc + t_proj + t_pre + n["handoff"] * s),
         ):

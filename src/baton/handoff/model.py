@@ -105,6 +105,10 @@ class HandoffModel(PreTrainedModel):
         """Free the LLM. Prompts already read can still be answered; new ones cannot be read."""
         self._encoder = None
 
+    def fresh_modules(self) -> list[nn.Module]:
+        """What starts untrained, beside an SLM that starts trained: it may learn at a higher rate."""
+        return [m for m in (self.projector, self.mix, self.prompt_map) if m is not None]
+
     @property
     def lm(self) -> PreTrainedModel:
         return self.slm

@@ -66,13 +66,15 @@ class MasterOptimizer(torch.optim.Optimizer):
             inner.load_state_dict(saved)
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> MasterOptimizer:
-    """AdamW on every trainable parameter, in float32 whatever the model's dtype."""
+def adamw(model: nn.Module, *, lr: float, fresh_scale: float = 1.0, weight_decay: float = 0.0) -> MasterOptimizer:
+    """AdamW on every trainable parameter, in float32 whatever the model's dtype; `fresh_scale` as in `grouped`."""
     params = [p for p in model.parameters() if p.requires_grad]
-    return MasterOptimizer([{"params": params, "lr": lr, "make": _make_adamw(weight_decay)}])
+    return grouped(model, [(params, lr, _make_adamw(weight_decay))], fresh_scale)
 
 
-def muon(model: nn.Module, *, lr: float, embedding_lr: float, weight_decay: float = 0.0) -> MasterOptimizer:
+def muon(
+    model: nn.Module, *, lr: float, embedding_lr: float, fresh_scale: float = 1.0, weight_decay: float = 0.0
+) -> MasterOptimizer:
     """Muon on the weights of hidden linear maps, AdamW on all else: embeddings and output heads at `embedding_lr`."""
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     heads = [m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)]
@@ -84,13 +86,28 @@ def muon(model: nn.Module, *, lr: float, embedding_lr: float, weight_decay: floa
         # match_rms_adamw: one learning rate means the same step size for both optimizers (arXiv 2502.16982).
         return torch.optim.Muon(masters, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
-    return MasterOptimizer(
-        [
-            {"params": [p for p in trainable if id(p) in maps], "lr": lr, "make": make_muon},
-            {"params": [p for p in trainable if id(p) in wide], "lr": embedding_lr, "make": _make_adamw(0.0)},
-            {"params": [p for p in trainable if id(p) not in maps | wide], "lr": lr, "make": _make_adamw(0.0)},
-        ]
-    )
+    groups = [
+        ([p for p in trainable if id(p) in maps], lr, make_muon),
+        ([p for p in trainable if id(p) in wide], embedding_lr, _make_adamw(0.0)),
+        ([p for p in trainable if id(p) not in maps | wide], lr, _make_adamw(0.0)),
+    ]
+    return grouped(model, groups, fresh_scale)
+
+
+def grouped(model: nn.Module, groups: Iterable[tuple[list[nn.Parameter], float, Any]], scale: float) -> MasterOptimizer:
+    """Each group twice: trained parts at its rate, parts that start untrained (`fresh_modules`) at `scale` times it.
+
+    Args:
+        groups: parameters, rate, and what makes the inner optimizer from a list of tensors and a rate.
+    """
+    modules: list[nn.Module] = getattr(model, "fresh_modules", list)()
+    fresh = {id(p) for m in modules for p in m.parameters()}
+    both = [
+        {"params": [p for p in params if (id(p) in fresh) == new], "lr": rate * (scale if new else 1.0), "make": make}
+        for params, rate, make in groups
+        for new in (False, True)
+    ]
+    return MasterOptimizer(both)
 
 
 def _make_adamw(weight_decay: float) -> Any:

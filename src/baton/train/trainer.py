@@ -28,7 +28,7 @@ from baton.data.storage import storage_errors
 from baton.errors import DataError, StorageError, UnknownOption, nearest
 from baton.models.text import IGNORE
 from baton.train.dataset import Collator, PairDataset
-from baton.train.optim import MasterOptimizer, adamw, muon
+from baton.train.optim import adamw, grouped, muon
 from baton.train.options import TrainOptions
 from baton.train.sampler import LengthBucketSampler
 
@@ -53,15 +53,17 @@ def response_loss(logits: Tensor, labels: Tensor, smoothing: float, tokens: Tens
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
     """The optimizer named in the options, over trainable parameters, with float32 master weights."""
+    scale = options.projector_lr_scale
+    common = {"lr": options.learning_rate, "fresh_scale": scale, "weight_decay": options.weight_decay}
     if options.optimizer == "muon":
         embedding_lr = options.embedding_lr or options.learning_rate
-        return muon(model, lr=options.learning_rate, embedding_lr=embedding_lr, weight_decay=options.weight_decay)
+        return muon(model, embedding_lr=embedding_lr, **common)
     if options.optimizer == "adamw":
-        return adamw(model, lr=options.learning_rate, weight_decay=options.weight_decay)
+        return adamw(model, **common)
     if options.optimizer == "adafactor":
         make = functools.partial(_adafactor, weight_decay=options.weight_decay)
         params = [p for p in model.parameters() if p.requires_grad]
-        return MasterOptimizer([{"params": params, "lr": options.learning_rate, "make": make}])
+        return grouped(model, [(params, options.learning_rate, make)], scale)
     known = ("muon", "adamw", "adafactor")
     raise UnknownOption(f"optimizer {options.optimizer!r} is not known: {nearest(options.optimizer, known)}")
 

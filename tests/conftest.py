@@ -11,3 +11,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+# One thread, as in the processes that tests start: sums are rounded alike, so runs can be compared bit by bit.
+torch.set_num_threads(1)

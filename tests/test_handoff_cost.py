@@ -61,7 +61,7 @@ def test_22_the_total_is_the_sum_of_its_parts(case: Case) -> None:
 def test_22_the_overhead_over_the_slm_falls_as_the_response_grows(case: Case) -> None:
     """It is paid once: after the first token each costs what it costs the SLM alone."""
     model = handoff(case)
-    ours, slm = ([writing(m, n) for n in (1, 2, 3, 6, 12)] for m in (model, alone(model)))
+    ours, slm = ([writing(m, n) for n in (1, 2, 9)] for m in (model, alone(model)))
     assert len({a - b for a, b in zip(ours, slm, strict=True)}) == 1
     overhead = [a / b - 1 for a, b in zip(ours, slm, strict=True)]
     assert overhead == sorted(overhead, reverse=True)

@@ -32,8 +32,12 @@ def same_weights(first: HandoffModel, second: HandoffModel) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("training", ["full", "lora", "frozen"])
+@pytest.mark.parametrize(
+    ("case", "training"),
+    [(case, "full") for case in CASES]
+    + [(case, training) for case in (CASES[0], CASES[2], CASES[7]) for training in ("lora", "frozen")],
+    ids=str,
+)
 def test_round_trip_is_bit_equal(case: Case, training: str, tmp_path: Path) -> None:
     """Every weight and every logit, the options, both tokenizers; nothing of the LLM is stored."""
     model = handoff(case, slm_training=training, lora_rank=2, fusion="concatenate" if case is CASES[2] else "add")

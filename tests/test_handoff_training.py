@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import tiny
 import torch
 from handoffs import CASES, PROMPTS, RESPONSES, Case, calls, folder, label_batch, prompt_batch, untrained
 from torch import Tensor
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration
 
 from baton.errors import BatonError, DataError, PromptError, UnknownOption
 from baton.handoff.config import HandoffOptions
@@ -38,6 +39,7 @@ OPTIONS = TrainOptions(
     max_quality_examples=0,
     learning_rate=3e-3,
 )
+STEADY: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3}  # Muon makes rounding a hundred times larger
 
 
 def train_in(out: Path, *, case: Case = CASES[0], **changes: Any) -> bool:
@@ -103,8 +105,7 @@ def fresh(case: Case, **options: Any) -> HandoffModel:
     return model
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
-@pytest.mark.parametrize("fusion", ["add", "replace"])
+@pytest.mark.parametrize(("case", "fusion"), [(CASES[0], "add"), (CASES[0], "replace"), (CASES[2], "replace")], ids=str)
 def test_19_two_dozen_pairs_are_learnt_by_heart(case: Case, fusion: str) -> None:
     """Near-zero loss: nothing between prompt and response loses what tells 24 random prompts apart."""
     model = fresh(case, fusion=fusion)
@@ -141,7 +142,7 @@ def riddle() -> tuple[dict[str, Tensor], Any]:
 GUESS = 1.386 / 2  # log 4 on one of two tokens
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[7], Case("bert", "t5-slm")], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
 def test_20_and_21_the_gain_is_what_the_llm_has_read(case: Case) -> None:
     """True Z solves the riddle. Alone, with Z = 0, constant or of another prompt the SLM guesses, trained so or not."""
     batch, blind = riddle()
@@ -183,11 +184,10 @@ def test_21_conditioning_does_not_hurt() -> None:
 def test_training_saves_a_handoff_that_is_what_was_trained(tmp_path: Path) -> None:
     """Loss, card, pointers and the held-out split; of the LLM only a pointer; the same command gives the same bits."""
     out = tmp_path / "handoff"
-    assert train_in(
-        out, held_out="../test.jsonl", command="the command", train=replace(OPTIONS, max_quality_examples=2)
-    )
+    train = replace(OPTIONS, eval_every=4, save_every=4, max_quality_examples=2)
+    assert train_in(out, held_out="../test.jsonl", command="the command", train=train)
     losses = curve(out)
-    assert losses[8]["eval_loss"] < losses[2]["eval_loss"]
+    assert losses[8]["eval_loss"] < losses[4]["eval_loss"]
     model = HandoffModel.from_pretrained(out)
     trained = torch.load(out / RUN / "checkpoint-8" / "pytorch_model.bin")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
@@ -198,7 +198,8 @@ def test_training_saves_a_handoff_that_is_what_was_trained(tmp_path: Path) -> No
     assert "20 training and 5 validation pairs" in card
     assert f"loss {losses[8]['eval_loss']:.4g}" in card
     assert model.config.llm["sha256"][:16] in card
-    assert train_in(tmp_path / "again", train=replace(OPTIONS, max_quality_examples=2))
+    assert re.search(r"bleu \S+, chrf \S+, rouge_l \S+, steps 8", card)
+    assert train_in(tmp_path / "again", train=train)
     assert same_weights(tmp_path / "again", out)
     assert curve(tmp_path / "again") == losses
 
@@ -221,7 +222,7 @@ def test_10_the_slm_on_disk_is_the_one_that_was_given(training: str, tmp_path: P
     assert all(weight.any() for weight in adapter)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [Case("t5", "t5-calm"), Case("gpt2", "t5-calm", "mix")], ids=str)
 def test_cached_states_train_as_fresh_ones(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the cache, which keeps states in bf16, the LLM reads each prompt once, before training, and never again."""
     count: list[int] = []
@@ -233,7 +234,7 @@ def test_cached_states_train_as_fresh_ones(case: Case, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(PromptEncoder, "__call__", counted)
     done: list[tuple[int, int]] = []
-    train = replace(OPTIONS, optimizer="adamw", learning_rate=5e-4)
+    train = replace(OPTIONS, **STEADY)
     assert train_in(tmp_path / "cached", case=case, train=train, on_cache=lambda *numbers: done.append(numbers))
     assert sum(count) == 20  # the validation prompts are among the others
     assert done[-1] == (20, 20)
@@ -346,13 +347,13 @@ def train_outside(
     processes: int = 1,
     stop: int = 0,
     how: str = "",
-    slm: Path | None = None,
+    slm: str = "t5-slm",
     train: TrainOptions = OPTIONS,
 ) -> "subprocess.CompletedProcess[str]":
     """The same training in processes of its own."""
     given = {
         "llm": str(folder("t5")),
-        "slm": str(slm or folder("t5-slm")),
+        "slm": str(folder(slm)),
         "pairs": [(p.prompt, p.response) for p in MANY],
         "validation": [(p.prompt, p.response) for p in MANY[:5]],
         "out": str(out),
@@ -413,22 +414,17 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
 
     Interrupted on the way, in the second process only: both stop at the same step, and continue when run again.
     """
-    slm = tmp_path / "slm"  # without dropout, which two processes would draw in another order
-    model = T5ForConditionalGeneration.from_pretrained(folder("t5-slm"), dropout_rate=0.0)
-    model.save_pretrained(slm)
-    AutoTokenizer.from_pretrained(folder("t5-slm")).save_pretrained(slm)
-    # At small steps: Adam's and Muon's first ones are as long for a gradient of 1e-9 as for any other.
-    train = replace(OPTIONS, max_quality_examples=2, optimizer="adamw", learning_rate=5e-4)
-    assert train_in(tmp_path / "one", slm=slm, train=train)
+    train = replace(OPTIONS, eval_every=4, max_quality_examples=2, **STEADY)
+    assert train_in(tmp_path / "one", case=Case("t5", "t5-calm"), train=train)
     two = tmp_path / "two"
-    result = train_outside(two, processes=2, slm=slm, train=train, stop=2, how="interrupt and continue")
+    result = train_outside(two, processes=2, slm="t5-calm", train=train, stop=2, how="interrupt and continue")
     assert result.returncode == 0, result.stderr[-3000:]
     expected, found = curve(tmp_path / "one"), curve(two)
     assert sorted(found) == [2, 4, 6, 8]
     for step, numbers in expected.items():
-        assert found[step]["loss"] == pytest.approx(numbers["loss"], abs=1e-4)
-        assert found[step]["eval_loss"] == pytest.approx(numbers["eval_loss"], abs=1e-4)
         assert found[step]["learning_rate"] == numbers["learning_rate"]
+        for name in set(numbers) - {"learning_rate"}:
+            assert found[step][name] == pytest.approx(numbers[name], abs=1e-4), step
     one, other = HandoffModel.from_pretrained(tmp_path / "one"), HandoffModel.from_pretrained(two)
     for name, weight in one.state_dict().items():
         assert torch.allclose(other.state_dict()[name], weight, atol=1e-3), name

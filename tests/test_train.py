@@ -62,6 +62,14 @@ def weights(trainer: TextTrainer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TextTrainer:
+    """A whole run, to compare others with."""
+    trainer = trainer_in(tmp_path_factory.mktemp("undisturbed"))
+    assert run(trainer)
+    return trainer
+
+
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
@@ -276,10 +284,8 @@ def test_other_options_continue_a_finished_run(tmp_path: Path) -> None:
     assert longer.state.global_step == 6
 
 
-def test_ctrl_c_saves_and_continues_with_the_same_curve(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_continues_with_the_same_curve(undisturbed: TextTrainer, tmp_path: Path) -> None:
     """The step is finished and saved, signals are given back, and the rest is as if nothing had happened."""
-    whole = trainer_in(tmp_path / "whole")
-    assert run(whole)
     handler = signal.getsignal(signal.SIGINT)
     stopped = trainer_in(tmp_path / "parts")
     stopped.add_callback(At(5, ctrl_c))
@@ -289,10 +295,10 @@ def test_ctrl_c_saves_and_continues_with_the_same_curve(tmp_path: Path) -> None:
     rest = trainer_in(tmp_path / "parts")
     assert run(rest)
     # The mean that is logged at step 6 covers step 6 alone where training went on from 5.
-    expected, found = curve(whole), curve(rest)
+    expected, found = curve(undisturbed), curve(rest)
     assert found[6].pop("loss") != expected[6].pop("loss")
     assert found == expected
-    assert equal(weights(rest), weights(whole))
+    assert equal(weights(rest), weights(undisturbed))
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
@@ -311,10 +317,8 @@ def test_ctrl_c_in_the_last_step_is_the_end(tmp_path: Path) -> None:
     assert run(trainer)
 
 
-def test_incomplete_checkpoints_are_ignored(tmp_path: Path) -> None:
+def test_incomplete_checkpoints_are_ignored(undisturbed: TextTrainer, tmp_path: Path) -> None:
     """A folder without its last file was cut off: training goes on from the one before, and clears it away."""
-    whole = trainer_in(tmp_path / "whole")
-    assert run(whole)
     stopped = trainer_in(tmp_path / "parts")
     stopped.add_callback(At(4, ctrl_c))
     assert not run(stopped)
@@ -326,7 +330,7 @@ def test_incomplete_checkpoints_are_ignored(tmp_path: Path) -> None:
     rest = trainer_in(tmp_path / "parts")
     assert run(rest)
     assert not (tmp_path / "parts" / "checkpoint-7").exists()
-    assert curve(rest) == curve(whole)
+    assert curve(rest) == curve(undisturbed)
 
 
 def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
@@ -337,11 +341,11 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
 
 
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "optimizer.pt", "trainer_state.json"])
-def test_a_full_disk_keeps_the_last_good_checkpoint(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json"])
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    file: str, undisturbed: TextTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever file does not fit. With room again the same command ends as if nothing had happened."""
-    whole = trainer_in(tmp_path / "whole")
-    assert run(whole)
     trainer = trainer_in(tmp_path / "full")
     real_save = torch.save
 
@@ -365,8 +369,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(file: str, tmp_path: Path, m
     assert sorted(path.name for path in (tmp_path / "full").glob("checkpoint-*")) == ["checkpoint-2"]
     again = trainer_in(tmp_path / "full")
     assert run(again)
-    assert curve(again) == curve(whole)
-    assert equal(weights(again), weights(whole))
+    assert curve(again) == curve(undisturbed)
+    assert equal(weights(again), weights(undisturbed))
 
 
 def test_the_two_newest_checkpoints_and_a_tensorboard_log_are_kept(tmp_path: Path) -> None:

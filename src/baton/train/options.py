@@ -17,7 +17,7 @@ class TrainOptions:
     micro_batch_size: int = 0  # examples per forward of one process; 0 means the whole share at once
     learning_rate: float = 1e-3  # peak rate
     embedding_lr: float = 0.0  # peak rate of embedding tables under muon; 0 means learning_rate
-    projector_lr_scale: float = 10.0  # times the rate, for parts that start untrained: projector, mix, prompt map
+    projector_lr_scale: float = 1.0  # times the rate, for parts that start untrained: projector, mix, prompt map
     optimizer: Optimizer = "muon"  # muon (matrices; AdamW elsewhere), adamw, adafactor
     weight_decay: float = 0.0  # decoupled, matrices only under muon
     warmup: float = 0.03  # share of the steps in which the rate rises; then it falls along a cosine

@@ -247,6 +247,13 @@ def test_cached_states_train_as_fresh_ones(case: Case, tmp_path: Path, monkeypat
             assert numbers[name] == pytest.approx(expected[step][name], abs=2e-4), step
 
 
+def test_the_shuffled_baseline_trains(tmp_path: Path) -> None:
+    """Also where the last batch of a validation, or of its written answers, holds one prompt."""
+    train = replace(OPTIONS, max_steps=2, max_quality_examples=1)
+    assert train_in(tmp_path, options=HandoffOptions(signal="shuffled"), train=train)
+    assert HandoffModel.from_pretrained(tmp_path).signal == "shuffled"
+
+
 @pytest.mark.parametrize("signal", ["zero", "constant"])
 def test_baselines_need_no_llm_in_training(signal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no(*_: Any) -> None:
@@ -408,6 +415,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_a_second_run_finishes(undisturbed: Pa
     assert same_weights(out, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torch.distributed.run is for Linux and macOS")
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     """Half the batch each, gradients summed over tokens: the same curve, validation included, and one saved model.

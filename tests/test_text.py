@@ -82,3 +82,14 @@ def test_pack_moves_rows_to_one_end_in_order() -> None:
     assert right_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
     wide = torch.stack([rows, -rows], dim=-1)
     assert pack(wide, mask, to_left=True)[0][..., 1].tolist() == [[-1, -2, -3, -4], [-5, -6, 0, 0], [-7, -8, 0, 0]]
+
+
+def test_pack_moves_real_entries_to_one_end() -> None:
+    """Wherever the padding was, the order stays; vectors move as ids do."""
+    rows, mask = torch.tensor([[0, 5, 6, 0], [7, 0, 8, 9]]), torch.tensor([[0, 1, 1, 0], [1, 0, 1, 1]])
+    left, left_mask = pack(rows, mask, to_left=True)
+    assert left.tolist() == [[5, 6, 0, 0], [7, 8, 9, 0]]
+    assert left_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    right, right_mask = pack(rows[..., None].expand(-1, -1, 2), mask, to_left=False)
+    assert right[..., 1].tolist() == [[0, 0, 5, 6], [0, 7, 8, 9]]
+    assert right_mask.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]

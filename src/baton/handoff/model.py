@@ -168,10 +168,8 @@ class HandoffModel(PreTrainedModel):
         else:
             assert states is not None
             z = self.project(states) * mask[..., None]
-            if self.signal == "shuffled":
-                if len(z) < 2:
-                    raise BatonError("signal='shuffled' needs at least two prompts in a batch")
-                z = z.roll(1, 0)
+            if self.signal == "shuffled":  # a prompt alone in its batch has no other: it gets none
+                z = z.roll(1, 0) if len(z) > 1 else torch.zeros_like(z)
         return INJECT[fusion](embeds, z * mask[..., None].to(z.dtype), mask)
 
     @property

@@ -71,7 +71,7 @@ def response_logits(model: PreTrainedModel, prompt_embeds: Tensor, prompt_mask: 
         ).logits
     lengths = prompt_mask.sum(1, keepdim=True)
     # No wider than the longest row: the longest prompt and the longest response may be of different rows, and a model
-    # with a position table has no place for both.
+    # with a position table has no place for both. (On a GPU this waits for the lengths.)
     width = int((lengths + (labels != IGNORE).sum(1, keepdim=True)).max())
     responses = embed_tokens(model, labels.clamp(min=0))
     sequence = join_rows(prompt_embeds, prompt_mask, responses)[:, :width]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, BertConfig
 
 from baton.errors import BatonError, ModelMismatch, PromptError, UnsupportedModel
-from baton.models.loading import LanguageModel, load, local_or_hub, resolve_dtype
+from baton.models.loading import LanguageModel, load, read_config, resolve_dtype
 from baton.models.prompts import pad_right, prompt_limit, tokenize_prompts
 from baton.models.writer import PromptInputs, Writer
 from baton.types import Timings
@@ -115,10 +115,10 @@ def test_missing_and_unsuitable_models_are_named(tmp_path: Path, monkeypatch: py
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
     with pytest.raises(BatonError, match=r"cannot load .*no-such-type"):
         load(tmp_path)
-    assert local_or_hub(tmp_path) == str(tmp_path)
+    assert read_config(tmp_path) == {"model_type": "no-such-type"}
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(ModelMismatch, match="no model at"):
-        local_or_hub(tmp_path)
+        read_config(tmp_path)
 
 
 def test_a_model_that_does_not_write_is_refused(tmp_path: Path) -> None:

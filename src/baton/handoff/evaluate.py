@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from baton.data.formats import read_pairs
 from baton.engine import generate
 from baton.errors import DataError, UnknownOption, nearest
-from baton.handoff.inject import INJECT
 from baton.handoff.model import HandoffModel, local_folder
 from baton.models.loading import load
 from baton.models.prompts import pad_right, tokenize_prompts
@@ -191,8 +190,7 @@ class _Shuffled:
         start = time.perf_counter()
         z = self.model.project(states) * other_mask[..., None]  # 0 where the other prompt has ended
         z = nn.functional.pad(z, (0, 0, 0, max(0, ids.shape[1] - z.shape[1])))[:, : ids.shape[1]]
-        embeds = self.model.prompt_embeddings(ids)
-        embeds, mask = INJECT[self.model.config.handoff.fusion](embeds, z * mask[..., None], mask)
+        embeds, mask = self.model.fuse(ids, mask, z)
         timings.project_s += time.perf_counter() - start
         return PromptInputs(embeds=embeds, mask=mask)
 

@@ -157,19 +157,22 @@ class HandoffModel(PreTrainedModel):
             ids, mask: int64 [b, m], right-padded.
             states: H; not needed for the baselines `zero` and `constant`.
         """
-        fusion = self.config.handoff.fusion
-        embeds = self.constant.new_zeros(*ids.shape, len(self.constant))
-        if fusion != "replace":  # where E is not used, the LLM's table is not needed for it
-            embeds = self.prompt_embeddings(ids)
         if self.signal == "zero":
-            z = torch.zeros_like(embeds)
+            z = self.constant.new_zeros(*ids.shape, len(self.constant))
         elif self.signal == "constant":
-            z = self.constant.expand_as(embeds)
+            z = self.constant.expand(*ids.shape, -1)
         else:
             assert states is not None
             z = self.project(states) * mask[..., None]
             if self.signal == "shuffled":  # a prompt alone in its batch has no other: it gets none
                 z = z.roll(1, 0) if len(z) > 1 else torch.zeros_like(z)
+        return self.fuse(ids, mask, z)
+
+    def fuse(self, ids: Tensor, mask: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """F and its mask from Z [b, m, d_s] and the SLM's side of the fusion; padding carries no Z."""
+        fusion = self.config.handoff.fusion
+        # Where E is not used, the LLM's table is not needed for it.
+        embeds = torch.zeros_like(z) if fusion == "replace" else self.prompt_embeddings(ids)
         return INJECT[fusion](embeds, z * mask[..., None].to(z.dtype), mask)
 
     @property

@@ -78,16 +78,6 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device)
 
 
-def local_or_hub(source: str | Path) -> str:
-    """A folder or Hub id in the form that `from_pretrained` takes, once it is known to hold a model.
-
-    Raises:
-        ModelMismatch: no config.json can be read there.
-    """
-    read_config(source)
-    return str(source)
-
-
 def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The config.json of a folder or Hub id, as it stands.
 

@@ -9,7 +9,7 @@ import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from baton.errors import DataError, StorageError, UnknownOption, nearest
 from baton.models.text import IGNORE
 from baton.train.dataset import Collator, PairDataset
 from baton.train.optim import adamw, grouped, muon
-from baton.train.options import TrainOptions
+from baton.train.options import Optimizer, TrainOptions
 from baton.train.sampler import LengthBucketSampler
 
 COMPLETE = "complete"  # written last into a checkpoint: a folder without it was cut off while saving
@@ -64,8 +64,9 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optim
         make = functools.partial(_adafactor, weight_decay=options.weight_decay)
         params = [p for p in model.parameters() if p.requires_grad]
         return grouped(model, [(params, options.learning_rate, make)], scale)
-    known = ("muon", "adamw", "adafactor")
-    raise UnknownOption(f"optimizer {options.optimizer!r} is not known: {nearest(options.optimizer, known)}")
+    raise UnknownOption(
+        f"optimizer {options.optimizer!r} is not known: {nearest(options.optimizer, get_args(Optimizer))}"
+    )
 
 
 def _adafactor(masters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -51,7 +51,8 @@ from baton.types import Pair
 # stage: (what it makes, whether torchrun may run it)
 STAGES = {
     "tokenizers": False,
-    "llm": True,
+    "llm-start": True,
+    "llm": True,  # trained on from there at a rate that rises again
     "labels": False,
     "slm-start": True,  # the SLM trained alone, from which both of the next start
     "slm": True,  # ... trained on, alone
@@ -63,8 +64,8 @@ STAGES = {
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path.home() / ".cache" / "baton" / "en-de"  # outside of the clone: a run outlives it
 VOCAB, GPT_VOCAB = 3072, 1536
-LLM = TrainOptions(
-    max_steps=3000,
+LLM_START = TrainOptions(
+    max_steps=1250,
     batch_size=512,
     learning_rate=6e-3,
     embedding_lr=3e-2,
@@ -74,12 +75,13 @@ LLM = TrainOptions(
     patience=0,
     max_quality_examples=0,
 )
+LLM = replace(LLM_START, max_steps=1200, seed=1)  # another order of the same pairs
 # Both halves of a comparison use the same options: same labels, same steps, same schedule.
-START = replace(LLM, max_steps=1000)
-CONTINUE = replace(START, max_steps=1500, learning_rate=3e-3, embedding_lr=1e-2)
+START = replace(LLM_START, max_steps=700)
+CONTINUE = replace(START, max_steps=1200, learning_rate=3e-3, embedding_lr=1e-2)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
-GPT_START = replace(START, max_steps=600, embedding_lr=3e-3)
-GPT_CONTINUE = replace(CONTINUE, max_steps=900, embedding_lr=3e-3)
+GPT_START = replace(START, max_steps=300, embedding_lr=3e-3)
+GPT_CONTINUE = replace(CONTINUE, max_steps=500, embedding_lr=3e-3)
 
 
 def t5(*, d_model: int, d_kv: int, num_heads: int, d_ff: int, encoder: int, decoder: int) -> PreTrainedModel:
@@ -140,8 +142,12 @@ class Recipe:
             lines = [json.dumps(row if len(row["references"]) > 1 else _short(row), ensure_ascii=False) for row in rows]
             (self.out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def llm(self) -> bool:
+    def llm_start(self) -> bool:
         model = t5(d_model=256, d_kv=64, num_heads=4, d_ff=704, encoder=6, decoder=8)
+        return self._alone(model, "t5", self.train, LLM_START, "llm-start")
+
+    def llm(self) -> bool:
+        model = T5ForConditionalGeneration.from_pretrained(self.out / "llm-start", dtype=torch.float32)
         return self._alone(model, "t5", self.train, LLM, "llm")
 
     def labels(self) -> None:
@@ -237,7 +243,7 @@ class Recipe:
             pairs=self._labelled(),
             validation=self.validation,
             out=self.out / stage,
-            options=HandoffOptions(),
+            options=HandoffOptions(inner_width=512, fit_steps=1000),
             train=options,
         )
 

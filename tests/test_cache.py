@@ -26,7 +26,7 @@ from transformers import (
     T5GemmaConfig,
 )
 
-from baton.cache import RowCache
+from baton.cache import RowCache, fill_holes
 from baton.errors import UnsupportedModel
 from baton.models.adapter import FAMILIES, target_for
 from baton.models.prompts import pad_right
@@ -77,22 +77,24 @@ T5_LIKE = {
 
 
 def t5gemma() -> T5GemmaConfig:
-    part = {**SMALL, "sliding_window": 40}
+    part = {**SMALL, "sliding_window": 4}
     return T5GemmaConfig(encoder=part, decoder=part, vocab_size=tiny.VOCAB, decoder_start_token_id=2)
 
 
 OTHERS: dict[str, Any] = {
     "gemma": lambda: GemmaConfig(**SMALL),
-    "gemma2": lambda: Gemma2Config(**SMALL, sliding_window=40),
-    "gemma3_text": lambda: Gemma3TextConfig(**SMALL, sliding_window=40),
+    "gemma2": lambda: Gemma2Config(**SMALL, sliding_window=4),
+    "gemma3_text": lambda: Gemma3TextConfig(
+        **SMALL, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
     "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
     "mbart": lambda: MBartConfig(**BART_LIKE, scale_embedding=True),
-    "mistral": lambda: MistralConfig(**SMALL, sliding_window=None),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=5),
     "mt5": lambda: MT5Config(**T5_LIKE),
     "opt": lambda: OPTConfig(**OPT_LIKE),
     "pegasus": lambda: PegasusConfig(**BART_LIKE),
     "phi3": lambda: Phi3Config(**SMALL),
-    "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen2": lambda: Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": lambda: Qwen3Config(**SMALL),
     "t5gemma": t5gemma,
 }
@@ -126,7 +128,10 @@ PROMPTS = [[5, 9, 77, 30, 12, 8, 260], [41, 3], [100, 101, 102, 7]]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_pass_equals_the_models_own_forward(family: str) -> None:
-    """Ragged prompts, single steps, a tree of drafts, different accepted paths, rows that leave and fork."""
+    """Ragged prompts, single steps, a tree of drafts, different accepted paths, rows that join, leave and fork.
+
+    Some layers look back over a window of four or five positions, in families that have such layers.
+    """
     model = build(family)
     target = target_for(model)
     ids, mask = pad_right(PROMPTS)
@@ -176,6 +181,24 @@ def test_every_pass_equals_the_models_own_forward(family: str) -> None:
     logits = target.forward(torch.tensor([[90], [91], [92]]), memory)
     for row, original in enumerate(order):
         close(logits[row, 0], fresh(model, PROMPTS[original], [*responses[original], 90 + row]))
+
+    # A longer prompt joins; the first of the others leaves, and the last takes its place.
+    long = [7, 8, 9, 10, 11, 12, 13, 14, 15]
+    memory.join(target.prefill(PromptInputs(ids=torch.tensor([long]), mask=torch.ones(1, 9, dtype=torch.long)))[1])
+    memory.select(fill_holes(4, {0}))
+    rows = [
+        (long, []),
+        (PROMPTS[order[1]], [*responses[order[1]], 91]),
+        (PROMPTS[order[2]], [*responses[order[2]], 92]),
+    ]
+    for token in (50, 120):
+        logits = target.forward(torch.tensor([[token], [token + 1], [token + 2]]), memory)
+        for row, (prompt, response) in enumerate(rows):
+            response.append(token + row)
+            close(logits[row, 0], fresh(model, prompt, response))
+    memory.select([1])  # the long prompt has left
+    logits = target.forward(torch.tensor([[33]]), memory)
+    close(logits[0, 0], fresh(model, rows[1][0], [*rows[1][1], 33]))
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "marian", "gpt2", "llama"])
@@ -270,6 +293,24 @@ def test_cache_equals_a_list_of_tokens() -> None:
                 lengths = [chance.randrange(len(row) + 1) for row in rows]
                 cache.truncate(lengths)
                 rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+            if chance.random() < 0.3:
+                leaving = {row for row in range(len(rows)) if chance.random() < 0.3}
+                order = fill_holes(len(rows), leaving)
+                assert sorted(order) == [row for row in range(len(rows)) if row not in leaving]
+                cache.select(order)
+                rows = [rows[row] for row in order]
+            if chance.random() < 0.4 and rows:
+                other, added = RowCache(2, 2, capacity=1), [[1.5, 2.5, 3.5], [4.5, 5.5, 6.5]]
+                other.append(3)
+                for layer in (0, 1):
+                    new = torch.tensor(added)[:, None, :, None] * (layer + 1)
+                    other.update(new, -new, layer)
+                cut = chance.randrange(4)
+                other.truncate([cut, 3])
+                cache.join(other)
+                rows += [added[0][:cut], added[1]]
+            if not rows:
+                break
             if chance.random() < 0.3:
                 order = [chance.randrange(len(rows)) for _ in range(chance.randrange(1, 5))]
                 cache.select(order)

@@ -243,6 +243,29 @@ def test_baselines_without_a_signal_do_not_read(signal: str) -> None:
     assert torch.equal(logits_of(model), logits_of(untrained(CASES[0])))
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+def test_prompt_tuning_puts_learned_vectors_in_front(case: Case, tmp_path: Path) -> None:
+    """[P ; E] whatever the prompt; the vectors start as embeddings of tokens, are stored, and cost prompt room."""
+    model = untrained(case, signal="prompt", prompt_length=3, slm_training="frozen")
+    assert [n for n, w in model.named_parameters() if w.requires_grad] == ["soft_prompt"]
+    assert model.soft_prompt is not None
+    table = model.slm.get_input_embeddings().weight
+    assert all((row == table).all(1).any() for row in model.soft_prompt)
+    ids, mask = prompt_batch(model)
+    embeds, wide = model.inject(ids, mask, None)
+    assert torch.equal(embeds[:, 3:], model.prompt_embeddings(ids))
+    assert all(torch.equal(row[:3], model.soft_prompt) for row in embeds)
+    assert torch.equal(wide, torch.cat([mask.new_ones(len(mask), 3), mask], 1))
+    plain = untrained(case)
+    limits = {k: n - 3 for k, n in plain.prompt_limits.items() if k == "the SLM"}
+    assert model.prompt_limits == limits
+    assert plain.response_room(5) - model.response_room(5) == (0 if plain.slm.config.is_encoder_decoder else 3)
+    expected = logits_of(model)
+    assert not torch.equal(expected, logits_of(plain))
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(HandoffModel.from_pretrained(tmp_path / "saved")), expected)
+
+
 @pytest.mark.parametrize("case", OTHER[:2], ids=str)
 def test_replacement_with_two_tokenizers_needs_no_map(case: Case) -> None:
     """E is not used there: the map is neither trained nor computed, and cached states are enough."""

@@ -254,7 +254,7 @@ def test_the_shuffled_baseline_trains(tmp_path: Path) -> None:
     assert HandoffModel.from_pretrained(tmp_path).signal == "shuffled"
 
 
-@pytest.mark.parametrize("signal", ["zero", "constant"])
+@pytest.mark.parametrize("signal", ["zero", "constant", "prompt"])
 def test_baselines_need_no_llm_in_training(signal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no(*_: Any) -> None:
         raise AssertionError("the LLM was called")

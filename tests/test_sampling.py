@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from baton.errors import BatonError
-from baton.sampling import choose, distribution, draw, uniform
+from baton.sampling import distribution, draw, uniform
 from baton.types import Sampling
 
 CONTEXT = torch.tensor([[3, 5, 5, 9], [0, 1, 2, 3]])
@@ -86,13 +86,20 @@ def test_repetition_penalty_lowers_seen_tokens_of_either_sign() -> None:
     seen = torch.tensor([[True, True, False, False]])
     actual = distribution(logits, Sampling(temperature=1.0, repetition_penalty=2.0), seen)
     torch.testing.assert_close(actual, torch.tensor([[1.0, -4.0, 2.0, -2.0]]).softmax(-1))
-    assert choose(logits, Sampling(repetition_penalty=2.0), [], seen).tolist() == [2]
+    assert distribution(logits, Sampling(repetition_penalty=2.0), seen).argmax(-1).tolist() == [2]
+
+
+def test_bias_is_added_to_the_logits() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0], [0.0, 0.0, 0.0]])
+    actual = distribution(logits, Sampling(temperature=0.5, logit_bias=((1, 3.0), (2, -1.0))))
+    expected = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, -1.0]])
+    torch.testing.assert_close(actual, (expected / 0.5).softmax(-1))
+    assert torch.equal(logits, torch.tensor([[2.0, -2.0, 1.0], [0.0, 0.0, 0.0]]))
 
 
 def test_greedy_is_the_argmax_and_touches_no_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("baton.sampling.uniform", None)
     logits = some_logits()
-    assert torch.equal(choose(logits, Sampling(), [(0, 0), (1, 0)]), logits.argmax(-1))
     one_hot = distribution(logits, Sampling())
     assert torch.equal(one_hot.argmax(-1), logits.argmax(-1)) and one_hot.sum() == 2
 

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from baton.engine import Engine as Engine
     from baton.engine import generate as generate
     from baton.engine import stream as stream
     from baton.errors import BatonError as BatonError
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 # Loaded when first used: `import baton` and `baton --help` stay fast.
 _WHERE = {
     "BatonError": "baton.errors",
+    "Engine": "baton.engine",
     "HandoffConfig": "baton.handoff.config",
     "HandoffModel": "baton.handoff.model",
     "HandoffOptions": "baton.handoff.config",
@@ -36,6 +38,7 @@ _WHERE = {
 }
 __all__ = [
     "BatonError",
+    "Engine",
     "HandoffConfig",
     "HandoffModel",
     "HandoffOptions",

@@ -32,6 +32,14 @@ class PromptError(BatonError):
     """A prompt is empty or longer than a model allows."""
 
 
+class DraftError(BatonError):
+    """A draft cannot be verified as asked: wrong shape, wrong kind of children, or deeper than the row has room for."""
+
+
+class VocabMismatch(BatonError):
+    """A drafter's tokens are not the target's."""
+
+
 class StorageError(BatonError):
     """The disk is full or not writable. Whatever had been completed before is still there."""
 

@@ -1,7 +1,7 @@
 """Logits to processed distribution to token: the only place that knows temperature and its kin.
 
-Filters mean what transformers' logits processors mean, in the same order (repetition penalty, temperature, top-k,
-top-p, min-p), in float32 whatever the model's dtype.
+Filters mean what transformers' logits processors mean, in the same order (repetition penalty, logit bias,
+temperature, top-k, top-p, min-p), in float32 whatever the model's dtype.
 
 Randomness is keyed, not streamed: the draw for a token depends on (seed, request, purpose, position) and on nothing
 else, so a text does not depend on its batch, on the batch size, or on how many tokens a step yields.
@@ -25,6 +25,13 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def bias(logits: Tensor, biases: Iterable[tuple[int, float]]) -> Tensor:
+    """Float32 logits [n, V] with a number added to those of some tokens."""
+    tokens, values = zip(*biases, strict=True)
+    where = torch.tensor(tokens, device=logits.device)
+    return logits.index_add(-1, where, torch.tensor(values, device=logits.device).expand(len(logits), -1))
+
+
 def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
     """The distribution that a token is drawn from, after all filters.
 
@@ -37,6 +44,8 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
     if sampling.repetition_penalty != 1:
         assert seen is not None
         scores = penalize(scores, seen, sampling.repetition_penalty)
+    if sampling.logit_bias:
+        scores = bias(scores, sampling.logit_bias)
     if sampling.greedy:
         return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
     scores = scores / sampling.temperature
@@ -77,19 +86,3 @@ def draw(probs: Tensor, uniforms: Iterable[float]) -> Tensor:
     cumulative = probs.double().cumsum(-1)
     targets = torch.tensor(list(uniforms), dtype=cumulative.dtype, device=probs.device)[:, None]
     return torch.searchsorted(cumulative, targets * cumulative[:, -1:], right=True)[:, 0]
-
-
-def choose(logits: Tensor, sampling: Sampling, keys: Iterable[tuple[int, int]], seen: Tensor | None = None) -> Tensor:
-    """The next token of each row.
-
-    Args:
-        logits: [n, V]; keys: (request, position) of each row, not looked at when greedy; seen: see `distribution`.
-    Returns: int64 [n].
-    """
-    if sampling.greedy:
-        if sampling.repetition_penalty != 1:
-            assert seen is not None
-            logits = penalize(logits.float(), seen, sampling.repetition_penalty)
-        return logits.argmax(-1)
-    probs = distribution(logits, sampling, seen)
-    return draw(probs, [uniform(sampling.seed, request, "token", position) for request, position in keys])

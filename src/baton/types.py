@@ -5,14 +5,16 @@ from typing import Literal
 
 from baton.errors import BatonError
 
-FinishReason = Literal["eos", "stop", "length", "cancelled"]
+Rule = Literal["auto", "sample-and-match", "recursive-rejection", "typical"]  # how drafts are verified
+TARGET = "target"  # the source of tokens that no drafter had guessed
+FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a token is chosen from logits. The defaults are greedy decoding.
 
-    Filters are applied in this order: repetition penalty, temperature, top-k, top-p, min-p.
+    Applied in this order: repetition penalty, logit bias, bad words, temperature, top-k, top-p, min-p.
     """
 
     temperature: float = 0.0  # 0 is greedy; 1 samples from the model's own distribution
@@ -20,6 +22,10 @@ class Sampling:
     top_p: float = 1.0  # keep the smallest set whose probability reaches this; 1 keeps all
     min_p: float = 0.0  # keep tokens at least this fraction as probable as the best one; 0 keeps all
     repetition_penalty: float = 1.0  # > 1 makes tokens already in the context less likely (arXiv 1909.05858)
+    # (token id, what is added to its logit)
+    logit_bias: tuple[tuple[int, float], ...] = field(default=(), metadata={"cli": False})
+    # sequences of token ids that must not appear
+    bad_words: tuple[tuple[int, ...], ...] = field(default=(), metadata={"cli": False})
     seed: int = 0  # the same seed, prompt and options give the same text
 
     def __post_init__(self) -> None:
@@ -40,17 +46,27 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class Timings:
-    """Wall-clock seconds of one batch, shared by all its rows."""
+    """Wall-clock seconds that a request took part in, together with the other rows of its batch."""
 
     encode_s: float = 0.0  # the LLM reads the prompts
     project_s: float = 0.0  # projector and fusion
     prefill_s: float = 0.0  # prompt pass of the model that writes
     decode_s: float = 0.0  # all cached decode steps
+    draft_s: float = 0.0  # the drafter's part of them
     steps: int = 0  # cached decode steps
 
     @property
     def total_s(self) -> float:
         return self.encode_s + self.project_s + self.prefill_s + self.decode_s
+
+
+@dataclass(frozen=True)
+class Step:
+    """Raw counts of one decode step of one request; every metric is derived from these."""
+
+    drafted: int  # tokens proposed
+    accepted: int  # of these, on the path that the target agreed with
+    emitted: int  # tokens that came out of it: the accepted ones and one of the target's own, cut at the end
 
 
 @dataclass(kw_only=True)
@@ -61,7 +77,15 @@ class Output:
     text: str
     token_ids: list[int]  # response tokens, end token included when it was produced
     finish_reason: FinishReason
+    error: str = ""  # what went wrong, when the finish_reason is "error"
+    sources: list[str] = field(default_factory=list)  # per token: who wrote it, "target" or a drafter
+    steps: list[Step] = field(default_factory=list)  # decode steps; the first token is prefill's and in none
     timings: Timings = field(default_factory=Timings)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens emitted per decode step, the target's own included; plain decoding has 1."""
+        return sum(step.emitted for step in self.steps) / len(self.steps) if self.steps else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

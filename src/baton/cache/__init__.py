@@ -2,6 +2,6 @@
 
 from baton.cache.cross import CrossCache
 from baton.cache.memory import Memory
-from baton.cache.rows import RowCache
+from baton.cache.rows import RowCache, fill_holes
 
-__all__ = ["CrossCache", "Memory", "RowCache"]
+__all__ = ["CrossCache", "Memory", "RowCache", "fill_holes"]

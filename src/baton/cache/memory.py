@@ -11,7 +11,7 @@ from baton.cache.rows import RowCache
 class Memory:
     """Self-attention keys and values, and for encoder-decoders those over the encoder's states.
 
-    `keep` and `truncate` concern response tokens only; `select` and `fork` concern whole rows.
+    `keep` and `truncate` concern response tokens only; `select`, `join` and `fork` concern whole rows.
     """
 
     def __init__(self, own: RowCache, cross: CrossCache | None = None) -> None:
@@ -35,6 +35,12 @@ class Memory:
         self.own.select(rows)
         if self.cross is not None:
             self.cross.select(rows)
+
+    def join(self, other: "Memory") -> None:
+        """Take the rows of another memory of the same model in, behind the last; the other is used up."""
+        self.own.join(other.own)
+        if self.cross is not None and other.cross is not None:
+            self.cross.join(other.cross)
 
     def fork(self, row: int) -> None:
         self.select([*range(self.own.rows), row])

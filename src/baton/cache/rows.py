@@ -1,7 +1,9 @@
 """Keys and values of rows that grow, shrink, fork and leave independently of each other.
 
-One tensor [rows, kv_heads, slots, head_dim] per layer for keys and one for values, allocated ahead in buckets. The used
-slots of a row are always the first `lengths[row]` ones, so slot = position, whatever the neighbours do.
+One tensor [rows, kv_heads, slots, head_dim] per layer for keys and one for values, allocated ahead: rows by powers of
+two, slots in buckets. The rows in use are always the first ones, and the used slots of a row the first `lengths[row]`
+ones, so slot = position, whatever the neighbours do. Rows join behind the last; a row that leaves costs one copy, of
+the row that takes its place.
 
 A forward is announced with `append`, then stock modeling code calls `update` once per layer and gets back the used
 slots only; afterwards `keep` or `truncate` drops what was not accepted. Transformers sees an ordinary `Cache`.
@@ -9,7 +11,7 @@ Forwards run under `torch.inference_mode`: a cache that was filled there cannot 
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +78,10 @@ class RowCache(Cache):
         """
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if keys is None or values is None:
-            keys = self.keys[layer_idx] = _allocate(key_states, self.capacity)
-            values = self.values[layer_idx] = _allocate(value_states, self.capacity)
+            keys = self.keys[layer_idx] = _allocate(key_states, self.rows, self.capacity)
+            values = self.values[layer_idx] = _allocate(value_states, self.rows, self.capacity)
+        if keys.shape[0] != self.rows:
+            keys, values = keys.narrow(0, 0, self.rows), values.narrow(0, 0, self.rows)
         if self._index is None:
             keys.narrow(2, self._first, self.count).copy_(key_states)
             values.narrow(2, self._first, self.count).copy_(value_states)
@@ -101,10 +105,15 @@ class RowCache(Cache):
         """
         if len(paths) != self.rows:
             raise ValueError(f"{len(paths)} paths for {self.rows} rows")
+        moves = False
         for path in paths:
-            if any(b <= a for a, b in zip([-1, *path], [*path, self.count], strict=False)):
-                raise ValueError(f"a path must rise within 0..{self.count - 1}: {list(path)}")
-        if any(list(path) != list(range(len(path))) for path in paths):
+            before = -1
+            for place, step in enumerate(path):
+                if not before < step < self.count:
+                    raise ValueError(f"a path must rise within 0..{self.count - 1}: {list(path)}")
+                moves |= step != place
+                before = step
+        if moves:
             longest = max(map(len, paths))
             # Shorter paths repeat their last step: the copies land past the row's new length.
             padded = [[*path, *[(path or [0])[-1]] * (longest - len(path))] for path in paths]
@@ -113,24 +122,52 @@ class RowCache(Cache):
             source = (starts + torch.tensor(padded, device=device))[:, None, :, None]
             target = (starts + torch.arange(longest, device=device))[:, None, :, None]
             for tensor in self._tensors():
+                rows = tensor.narrow(0, 0, self.rows)
                 shape = (-1, tensor.shape[1], -1, tensor.shape[3])
-                tensor.scatter_(2, target.expand(shape), tensor.gather(2, source.expand(shape)))
+                rows.scatter_(2, target.expand(shape), rows.gather(2, source.expand(shape)))
         self.lengths = [start + len(path) for start, path in zip(self.starts, paths, strict=True)]
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order. A row named twice is copied, one not named leaves."""
+        """Keep these rows, in this order. A row named twice is copied, one not named leaves.
+
+        Cheap where rows that stay keep their place and holes are filled with later rows: `fill_holes` gives that order.
+        """
         index = list(rows)
+        used = max((self.lengths[row] for row in index), default=0)
+        in_place = len(index) <= self.rows and all(row == place or row >= len(index) for place, row in enumerate(index))
+        if in_place:
+            for place, row in enumerate(index):
+                if place != row:
+                    for tensor in self._tensors():
+                        tensor[place, :, :used].copy_(tensor[row, :, :used])
+        else:
+            for tensors in (self.keys, self.values):
+                for layer, old in enumerate(tensors):
+                    if old is not None:
+                        tensors[layer] = old[index]
         self.lengths = [self.lengths[row] for row in index]
         self.starts = [self.starts[row] for row in index]
-        for tensors in (self.keys, self.values):
-            for layer, tensor in enumerate(tensors):
-                if tensor is not None:
-                    tensors[layer] = tensor[index]
 
     def fork(self, row: int) -> None:
         """Append a copy of a row, which then lives its own life."""
         self.select([*range(self.rows), row])
+
+    @torch.inference_mode()
+    def join(self, other: "RowCache") -> None:
+        """Take the rows of another cache of the same model in, behind the last; the other must not be used any more."""
+        rows, used = self.rows, max(other.lengths, default=0)
+        grown = rows + other.rows
+        self.capacity = max(self.capacity, _bucket(used))
+        for tensors, new in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, (old, joining) in enumerate(zip(tensors, new, strict=True)):
+                if old is None or joining is None:
+                    raise ValueError("a cache that no forward has filled yet cannot be joined")
+                old = self._sized(old, grown, self.capacity)
+                old[rows:grown, :, :used].copy_(joining[: other.rows, :, :used])
+                tensors[layer] = old
+        self.lengths = self.lengths + other.lengths
+        self.starts = self.starts + other.starts
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots before the forward under way; of the first row, where rows differ. Called by stock code."""
@@ -144,9 +181,22 @@ class RowCache(Cache):
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 if old is not None:
-                    new = _allocate(old, self.capacity)
-                    new.narrow(2, 0, old.shape[2]).copy_(old)
-                    tensors[layer] = new
+                    tensors[layer] = self._sized(old, self.rows, self.capacity)
+
+    def _sized(self, old: Tensor, rows: int, slots: int) -> Tensor:
+        """The tensor, with room for so many rows and slots."""
+        if old.shape[0] >= rows and old.shape[2] >= slots:
+            return old
+        new = _allocate(old, max(old.shape[0], 1 << (rows - 1).bit_length()), max(old.shape[2], slots))
+        new[: old.shape[0], :, : old.shape[2]].copy_(old)
+        return new
+
+
+def fill_holes(rows: int, leaving: Collection[int]) -> list[int]:
+    """The order in which to `select` the rows that stay so that as few as possible move."""
+    stay = rows - len(set(leaving))
+    behind = (row for row in range(stay, rows) if row not in leaving)
+    return [row if row not in leaving else next(behind) for row in range(stay)]
 
 
 class _Layer(CacheLayerMixin):
@@ -180,6 +230,6 @@ def _bucket(slots: int) -> int:
     return -(-slots // BUCKET) * BUCKET
 
 
-def _allocate(like: Tensor, slots: int) -> Tensor:
+def _allocate(like: Tensor, rows: int, slots: int) -> Tensor:
     # Zeros, not empty: a masked slot has weight 0, and 0 times an uninitialised infinity is not a number.
-    return like.new_zeros((like.shape[0], like.shape[1], slots, like.shape[3]))
+    return like.new_zeros((rows, like.shape[1], slots, like.shape[3]))

@@ -7,20 +7,23 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
+from rich.text import Text
 
 import baton
 from baton.cli.command import command, fail
-from baton.cli.console import err, loading, progress_bar
+from baton.cli.console import err, loading, out, progress_bar
 from baton.cli.options import Machine
 from baton.cli.sources import check_source
 from baton.data.formats import read_prompts
 from baton.data.storage import append_jsonl, completed_lines, storage_errors
+from baton.drafters import METHODS, make
 from baton.errors import BatonError, DataError
-from baton.types import Output, Sampling
+from baton.types import TARGET, Output, Rule, Sampling
 
+RULES = get_args(Rule)
 WINDOW = 4  # batches between two writes: within it, prompts of like length share a batch
 
 
@@ -32,6 +35,7 @@ def register(app: typer.Typer) -> None:
             'baton generate models/en-de-handoff --prompt "Where is the next station?"',
             "baton generate models/en-de-handoff --input questions.txt --output answers.jsonl --batch-size 64",
             "baton generate gpt2 --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95 --seed 7",
+            "baton generate gpt2 --prompt 'def add(a, b):' --drafter prompt-lookup:max_ngram=4 --show-provenance",
             "cat questions.txt | baton generate models/en-de-handoff --prompt - --json",
         ],
     )(generate)
@@ -57,6 +61,16 @@ def generate(
     stop: Annotated[list[str], typer.Option(help="End an answer before this text, repeatable.")] = [],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at the same time.")] = 32,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long for the model.")] = False,
+    drafter: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help=f"Draft with NAME or NAME:key=value,...: {', '.join(METHODS)}."),
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(metavar="NAME", help=f"How drafts are verified: {', '.join(RULES)}; typical is lossy.")
+    ] = "auto",
+    show_provenance: Annotated[
+        bool, typer.Option("--show-provenance", help="Colour the text by who wrote each token, with counts under it.")
+    ] = False,
     llm: Annotated[
         str | None, typer.Option(metavar="L", help="Where a hand-off's LLM is, if not where it was in training.")
     ] = None,
@@ -74,7 +88,10 @@ def generate(
         fail("--output needs --input: the answers to --prompt go to the terminal (use > FILE)")
     if prompt.count("-") and len(prompt) > 1:
         fail("--prompt - reads all prompts from stdin: give no others")
+    if show_provenance and (output or as_json):
+        fail("--show-provenance colours the terminal; with --json each answer has its sources")
     check_source(model, llm)
+    method = make(drafter) if drafter else None  # a wrong name is better known before a model is loaded
     if input:
         read_prompts(input)  # a malformed row is better known before a model is loaded
     machine.prepare()
@@ -85,15 +102,20 @@ def generate(
         "stop": tuple(stop),
         "truncate": truncate,
     }
+    rows = batch_size if output or as_json or len(prompt) > 1 else 1
+    engine = baton.Engine(writer, method, rule=rule, max_rows=rows, patience=max(1, rows // 8))  # type: ignore[arg-type]
     if input and output:
         prompts = read_prompts(input, tokenizer=writer.prompt_tokenizer)
-        answer_file(writer, prompts, output, options, batch_size=batch_size, overwrite=overwrite)
+        answer_file(engine, prompts, output, options, overwrite=overwrite)
+    elif show_provenance:
+        for text in prompt_lines(prompt):
+            show_answer(engine, text, options)
     elif as_json or len(prompt) > 1:
-        for each in baton.generate(writer, list(prompt_lines(prompt)), batch_size=batch_size, **options):
+        for each in baton.generate(engine, list(prompt_lines(prompt)), **options):
             sys.stdout.write((json.dumps(row(each), ensure_ascii=False) if as_json else each.text) + "\n")
     else:
         for text in prompt_lines(prompt):
-            stream_answer(writer, text, options)
+            stream_answer(engine, text, options)
 
 
 def load_writer(model: str, llm: str | None, machine: Machine) -> Any:
@@ -117,15 +139,34 @@ def prompt_lines(prompts: list[str]) -> Iterator[str]:
         raise DataError(f"stdin is not UTF-8: {error}") from error
 
 
-def stream_answer(writer: Any, prompt: str, options: dict[str, Any]) -> None:
+def stream_answer(engine: Any, prompt: str, options: dict[str, Any]) -> None:
     """One answer, printed while it is written."""
     try:
-        for piece in baton.stream(writer, prompt, **options):
+        for piece in baton.stream(engine, prompt, **options):
             sys.stdout.write(piece)
             sys.stdout.flush()
     finally:
         sys.stdout.write("\n")
         sys.stdout.flush()
+
+
+def show_answer(engine: Any, prompt: str, options: dict[str, Any]) -> None:
+    """One answer in colours: what a drafter guessed stands out from what the target wrote itself."""
+    engine.submit(engine.requests([prompt], **options))
+    request = engine.waiting[0]
+    while not engine.idle:
+        for token in engine.step().tokens:
+            out.print(Text(token.text, style="" if token.source == TARGET else "bold green"), end="", soft_wrap=True)
+    output = request.output()
+    steps, guessed = output.steps, sum(source != TARGET for source in output.sources)
+    drafted = sum(step.drafted for step in steps)
+    out.print(
+        f"\n[dim]{len(output.token_ids)} tokens in {len(steps)} steps: {output.acceptance_length:.2f} per step; "
+        f"[/][green]{guessed} guessed by {engine.drafter.name}[/][dim] of {drafted} drafted"
+        f"{f'; {output.error}' if output.error else ''}[/]",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def row(output: Output) -> dict[str, Any]:
@@ -135,7 +176,15 @@ def row(output: Output) -> dict[str, Any]:
         "text": output.text,
         "finish_reason": output.finish_reason,
         "tokens": len(output.token_ids),
+        **({"error": output.error} if output.error else {}),
+        **(drafting(output) if any(step.drafted for step in output.steps) else {}),
     }
+
+
+def drafting(output: Output) -> dict[str, Any]:
+    """Who wrote which token, and the raw counts of each step: drafted, accepted, emitted."""
+    steps = [[step.drafted, step.accepted, step.emitted] for step in output.steps]
+    return {"sources": output.sources, "steps": steps, "acceptance_length": output.acceptance_length}
 
 
 class OutputFile:
@@ -188,13 +237,12 @@ class OutputFile:
             self._lines.close()
 
 
-def answer_file(
-    writer: Any, prompts: list[str], path: Path, options: dict[str, Any], *, batch_size: int, overwrite: bool
-) -> None:
+def answer_file(engine: Any, prompts: list[str], path: Path, options: dict[str, Any], *, overwrite: bool) -> None:
     """Answer the prompts that have no answer in `path` yet, a window of some batches at a time."""
     from baton.models.prompts import tokenize_prompts
 
     # All of them first: a prompt that is too long should not be found after an hour.
+    writer = engine.writer
     tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=options["truncate"])
     total = len(prompts)
     with contextlib.closing(OutputFile(path, prompts, overwrite=overwrite)) as file:
@@ -206,7 +254,7 @@ def answer_file(
         try:
             with progress_bar() as bar:
                 task = bar.add_task("answers", total=total, completed=file.done)
-                window = WINDOW * batch_size
+                window = WINDOW * engine.max_rows
                 for start in range(file.done, total, window):
                     finished: dict[int, Output] = {}
 
@@ -216,9 +264,8 @@ def answer_file(
 
                     try:
                         baton.generate(
-                            writer,
+                            engine,
                             prompts[start : start + window],
-                            batch_size=batch_size,
                             first_index=start,
                             on_finish=keep,
                             **options,

@@ -3,25 +3,22 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from baton.engine.loop import Batch
-from baton.engine.request import Request
-from baton.engine.rules import Rules
-from baton.engine.text import TextStream
+from baton.engine.drafter import Drafter
+from baton.engine.loop import Engine
 from baton.errors import BatonError
-from baton.models.adapter import Target, target_for
-from baton.models.loading import load
-from baton.models.prompts import tokenize_prompts
 from baton.models.writer import Writer
-from baton.types import Output, Sampling
+from baton.types import Output, Rule, Sampling
 
 OnFinish = Callable[[Output, int], None]
 OnToken = Callable[[int, str, int], None]
 
 
 def generate(
-    model: Writer | str | Path,
+    model: Engine | Writer | str | Path,
     prompts: str | Sequence[str],
     *,
+    drafter: Drafter | str | None = None,
+    rule: Rule = "auto",
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     max_new_tokens: int = 256,
     stop: str | Sequence[str] = (),
@@ -38,7 +35,11 @@ def generate(
     near-ties in bf16. Sampling settings stored with the model are not read: `sampling` says it all.
 
     Args:
-        model: a model that `load` gave, or a folder or Hub id to load.
+        model: a model that `load` gave, or a folder or Hub id to load; or an `Engine`, which keeps its drafter from
+            call to call, and has its own number of rows.
+        drafter: proposes tokens, which changes speed and never text: an object, or text such as
+            "prompt-lookup:max_ngram=4". None is plain decoding.
+        rule: how drafts are verified, see `Engine`.
         prompts: one or any number; prompts of like length share a batch, outputs come in the order given.
         max_new_tokens: most tokens of a response, its end token included. It is also cut where a model with a fixed
             number of positions has no more; either way the `finish_reason` is "length".
@@ -55,28 +56,37 @@ def generate(
     """
     if batch_size < 1:
         raise BatonError(f"batch_size={batch_size}: it must be 1 or more")
-    run = _Run(model, sampling, max_new_tokens, stop)
+    engine = _engine(model, drafter, rule, max_rows=batch_size, patience=max(1, batch_size // 8))
     texts = [prompts] if isinstance(prompts, str) else prompts
-    requests = run.requests(texts, truncate=truncate, follow=on_token is not None, first=first_index)
+    requests = engine.requests(
+        texts,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        truncate=truncate,
+        follow=on_token is not None,
+        first_index=first_index,
+    )
     outputs: dict[int, Output] = {}
-    longest_first = sorted(requests, key=lambda request: -len(request.prompt_ids))
-    for start in range(0, len(requests), batch_size):
-        batch = run.batch(longest_first[start : start + batch_size])
-        for tokens in batch.run():
-            for token in tokens:
-                if on_token is not None:
-                    on_token(token.id, token.text, token.request.index)
-                if token.request.finish_reason is not None:
-                    output = outputs[token.request.index] = token.request.output(batch.timings)
-                    if on_finish is not None:
-                        on_finish(output, token.request.index)
+    engine.submit(sorted(requests, key=lambda request: -len(request.prompt_ids)))
+    while not engine.idle:
+        progress = engine.step()
+        for token in progress.tokens:
+            if on_token is not None:
+                on_token(token.id, token.text, token.request.index)
+        for request in progress.ended:
+            output = outputs[request.index] = request.output()
+            if on_finish is not None:
+                on_finish(output, request.index)
     return [outputs[index] for index in range(len(requests))]
 
 
 def stream(
-    model: Writer | str | Path,
+    model: Engine | Writer | str | Path,
     prompt: str,
     *,
+    drafter: Drafter | str | None = None,
+    rule: Rule = "auto",
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     max_new_tokens: int = 256,
     stop: str | Sequence[str] = (),
@@ -87,47 +97,28 @@ def stream(
     A piece holds whole characters. What may be the beginning of a stop string is held back until it is known not to
     be. Arguments and errors as in `generate`; errors about the prompt are raised here, not at the first piece.
     """
-    run = _Run(model, sampling, max_new_tokens, stop)
-    requests = run.requests([prompt], truncate=truncate, follow=True, first=0)
-    return (token.text for tokens in run.batch(requests).run() for token in tokens if token.text)
+    engine = _engine(model, drafter, rule, max_rows=1, patience=1)
+    requests = engine.requests([prompt], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop, truncate=truncate)
+    engine.submit(requests)
+    return _pieces(engine)
 
 
-class _Run:
-    """What all batches of one call share."""
+def _engine(
+    model: Engine | Writer | str | Path, drafter: Drafter | str | None, rule: Rule, *, max_rows: int, patience: int
+) -> Engine:
+    if not isinstance(model, Engine):
+        return Engine(model, drafter, rule=rule, max_rows=max_rows, patience=patience)
+    if drafter is not None or rule != "auto":
+        raise BatonError("an Engine has its own drafter and rule: give them where it is made")
+    if not model.idle:
+        raise BatonError("this Engine is writing other requests: submit to it, or wait until it is idle")
+    return model
 
-    def __init__(
-        self, model: Writer | str | Path, sampling: Sampling, max_new_tokens: int, stop: str | Sequence[str]
-    ) -> None:
-        if max_new_tokens < 1:
-            raise BatonError(f"max_new_tokens={max_new_tokens}: it must be 1 or more")
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(self.stop):
-            raise BatonError("a stop string is empty: it would end every response before it starts")
-        self.writer: Writer = load(model) if isinstance(model, (str, Path)) else model
-        if self.writer.lm.training:
-            raise BatonError("the model is in training mode, where dropout spoils what it writes: call its eval()")
-        self.target: Target = target_for(self.writer.lm)
-        self.rules = Rules.of(self.writer)
-        self.sampling = sampling
-        self.max_new_tokens = max_new_tokens
 
-    def requests(self, prompts: Sequence[str], *, truncate: bool, follow: bool, first: int) -> list[Request]:
-        writer = self.writer
-        encoded = tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=truncate)
-        requests = []
-        for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            request = Request(
-                index=index,
-                key=first + index,
-                prompt=prompt,
-                prompt_ids=ids,
-                limit=self.max_new_tokens,
-                stream=TextStream(writer.response_tokenizer, self.stop),
-                follow=follow or bool(self.stop),
-            )
-            request.fit(self.target, len(ids))
-            requests.append(request)
-        return requests
-
-    def batch(self, requests: Sequence[Request]) -> Batch:
-        return Batch(self.writer, self.target, requests, rules=self.rules, sampling=self.sampling)
+def _pieces(engine: Engine) -> Iterator[str]:
+    while not engine.idle:
+        progress = engine.step()
+        yield from (token.text for token in progress.tokens if token.text)
+        for request in progress.ended:
+            if request.finish_reason == "error":
+                raise BatonError(request.error)

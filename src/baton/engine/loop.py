@@ -1,20 +1,31 @@
-"""The decoding loop: prefill, then steps until every row has finished. One loop for files, batches and streams."""
+"""The decoding loop: requests join and leave at any step, and every row may accept another number of tokens.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+One loop for every drafter, for files, batches, streams and servers. It knows a drafter only as `Drafter`.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from baton.cache import Memory
+from baton.cache import Memory, fill_holes
+from baton.draft import NOTHING, Draft
+from baton.engine.choose import Chooser
+from baton.engine.drafter import Drafter, Joined, Seen
 from baton.engine.request import Request
 from baton.engine.rules import Rules
-from baton.models.adapter import Target
-from baton.models.prompts import pad_right
-from baton.models.writer import PromptInputs, Writer
-from baton.sampling import choose
-from baton.types import Sampling, Timings
+from baton.engine.text import TextStream
+from baton.errors import BatonError, DraftError
+from baton.models.adapter import Target, target_for
+from baton.models.loading import load
+from baton.models.prompts import pad_right, same_tokenizer, tokenize_prompts
+from baton.models.writer import Writer
+from baton.types import TARGET, Rule, Sampling, Step, Timings
+from baton.verify import Verdict
 
 
 @dataclass(frozen=True)
@@ -24,103 +35,245 @@ class Token:
     request: Request
     id: int
     text: str  # what it settles: possibly nothing, possibly characters of earlier tokens too
+    source: str  # who wrote it: the target, or the drafter whose guess it agreed with
 
 
-class Batch:
-    """Rows that are written together. A row that has finished leaves at once, so the work shrinks."""
+@dataclass(frozen=True)
+class Progress:
+    """What one step gave."""
+
+    tokens: list[Token]
+    ended: list[Request]  # requests that have ended, also those that failed
+
+
+class Engine:
+    """Requests, written together by one model.
+
+    Args:
+        model: a model that `load` gave, or a folder or Hub id to load.
+        drafter: proposes tokens: an object, or text such as "prompt-lookup:max_ngram=4"; None is plain decoding.
+            It serves one engine.
+        rule: how drafts are verified. `auto` is lossless: recursive rejection for children that were drawn,
+            sample-and-match for all others. `typical` is not.
+        max_rows: most requests written at once; others wait.
+        patience: rows that must be free before waiting requests are read, unless none is being written: reading
+            several prompts in one pass is cheaper, reading at once answers earlier.
+    Raises:
+        UnsupportedModel: the engine does not run this model.
+    """
 
     def __init__(
-        self, writer: Writer, target: Target, requests: Sequence[Request], *, rules: Rules, sampling: Sampling
+        self,
+        model: Writer | str | Path,
+        drafter: Drafter | str | None = None,
+        *,
+        rule: Rule = "auto",
+        max_rows: int = 32,
+        patience: int = 1,
     ) -> None:
-        self.writer, self.target = writer, target
-        self.rules, self.sampling = rules, sampling
-        self.requests = list(requests)
-        self.timings = Timings()
-        self.memory: Memory
-        self.chosen: Tensor  # int64 [rows], each row's newest token, which the target has not read yet
-        self.seen: Tensor | None = None  # bool [rows, V], tokens that the repetition penalty concerns
+        if max_rows < 1:
+            raise BatonError(f"max_rows={max_rows}: it must be 1 or more")
+        self.writer: Writer = load(model) if isinstance(model, (str, Path)) else model
+        if self.writer.lm.training:
+            raise BatonError("the model is in training mode, where dropout spoils what it writes: call its eval()")
+        self.target: Target = target_for(self.writer.lm)
+        self.rules = Rules.of(self.writer)
+        self.chooser = Chooser(self.rules, rule)
+        if isinstance(drafter, str):
+            from baton.drafters import make  # methods know the engine; it knows them by this one name only
 
-    def run(self) -> Iterator[list[Token]]:
-        """Write all responses; yields what each pass over the target gave."""
-        self.prefill()
-        while True:
-            yield self.accept()
-            self.leave()
-            if not self.requests:
-                return
-            self.step()
+            drafter = make(drafter)
+        self.drafter = drafter or Drafter()
+        self.max_rows, self.patience = max_rows, min(patience, max_rows)
+        self.waiting: deque[Request] = deque()
+        self.rows: list[Request] = []  # being written, in the order of the memory's rows
+        self.memory: Memory | None = None
+        self.drafter.attach(self)
+        self._shared = same_tokenizer(self.writer.prompt_tokenizer, self.writer.response_tokenizer)
+
+    def requests(
+        self,
+        prompts: Sequence[str],
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        truncate: bool = False,
+        follow: bool = True,
+        first_index: int = 0,
+    ) -> list[Request]:
+        """Prompts made ready for `submit`; arguments as in `generate`.
+
+        Raises: PromptError when a prompt is empty or too long.
+        """
+        if max_new_tokens < 1:
+            raise BatonError(f"max_new_tokens={max_new_tokens}: it must be 1 or more")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
+            raise BatonError("a stop string is empty: it would end every response before it starts")
+        writer = self.writer
+        encoded = tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=truncate)
+        made = []
+        for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+            request = Request(
+                index=index,
+                key=first_index + index,
+                prompt=prompt,
+                prompt_ids=ids,
+                context=ids if self._shared else [],
+                sampling=sampling,
+                limit=max_new_tokens,
+                stream=TextStream(writer.response_tokenizer, stops),
+                follow=follow or bool(stops),
+            )
+            request.fit(self.target, len(ids))
+            made.append(request)
+        return made
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Let requests in as rows become free, in this order."""
+        self.waiting.extend(requests)
+
+    def cancel(self, request: Request) -> None:
+        """End a request early; its row is free for the next one. Nothing happens when it has ended."""
+        if request.finish_reason is None:
+            request.end("cancelled")
+            if request in self.waiting:
+                self.waiting.remove(request)
+            self._leave()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to do."""
+        return not self.rows and not self.waiting
 
     @torch.inference_mode()
-    def prefill(self) -> None:
-        """Read the prompts and choose each row's first token."""
-        ids, mask = pad_right([request.prompt_ids for request in self.requests], device=self.target.device)
-        inputs = self.writer.encode(ids, mask, self.timings)
-        for request, length in zip(self.requests, inputs.mask.sum(1).tolist(), strict=True):
+    def step(self) -> Progress:
+        """Read prompts that wait, where there is room, or let every row grow."""
+        free = self.max_rows - len(self.rows)
+        if self.waiting and (not self.rows or free >= self.patience):
+            tokens = self._join([self.waiting.popleft() for _ in range(min(free, len(self.waiting)))])
+        elif self.rows:
+            tokens = self._grow()
+        else:
+            return Progress([], [])
+        return Progress(tokens, self._leave())
+
+    def _grow(self) -> list[Token]:
+        """One decode step: what is proposed, as far as the target agrees, and one token of its own."""
+        started = perf_counter()
+        drafts = self._checked(self.drafter.propose(self.rows))
+        self._wait()
+        drafted = perf_counter()
+        with self.target.capture(self.drafter.layers) as hidden:
+            ids, positions, tree = self._inputs(drafts)
+            logits = self.target.forward(ids, self._memory, positions=positions, tree=tree)
+        verdicts = self.chooser(self.rows, drafts, logits)
+        self._memory.keep([[0, *(node + 1 for node in v.accepted)] if v else [0] for v in verdicts])
+        self.drafter.observe(Seen(requests=self.rows, drafts=drafts, verdicts=verdicts, logits=logits, hidden=hidden))
+        self._wait()
+        ended = perf_counter()
+        tokens: list[Token] = []
+        for request, draft, verdict in zip(self.rows, drafts, verdicts, strict=True):
+            request.timings.decode_s += ended - started
+            request.timings.draft_s += drafted - started
+            request.timings.steps += 1
+            new = self._append(request, draft, verdict)
+            request.steps.append(Step(len(draft), len(verdict.accepted) if verdict else 0, len(new)))
+            tokens += new
+        return tokens
+
+    def _join(self, requests: list[Request]) -> list[Token]:
+        """Read prompts, one pass, a new row each, and give each its first token."""
+        timings = Timings()
+        ids, mask = pad_right([request.prompt_ids for request in requests], device=self.target.device)
+        inputs = self.writer.encode(ids, mask, timings)
+        for request, length in zip(requests, inputs.mask.sum(1).tolist(), strict=True):
             request.fit(self.target, length)  # a hand-off may read more vectors than there are prompt tokens
+            request.read = [self.target.start] if self.target.start is not None else []
+            if self.target.reads_prompt and inputs.ids is not None:
+                request.read = request.prompt_ids
         started = perf_counter()
-        logits, self.memory = self.target.prefill(inputs)
-        if self.sampling.repetition_penalty != 1:
-            self.seen = self._context(inputs, logits.shape[-1])
-        self.chosen = self._choose(logits)
+        with self.target.capture(self.drafter.layers) as hidden:
+            logits, memory = self.target.prefill(inputs)
+        nothing = [NOTHING] * len(requests)
+        verdicts = self.chooser(requests, nothing, logits[:, None])
         self._wait()
-        self.timings.prefill_s += perf_counter() - started
+        timings.prefill_s = perf_counter() - started
+        tokens: list[Token] = []
+        for request, verdict in zip(requests, verdicts, strict=True):
+            request.timings = replace(timings)
+            tokens += self._append(request, NOTHING, verdict)
+        self.drafter.join(Joined(requests=requests, inputs=inputs, memory=memory, hidden=hidden))
+        if self.memory is None:
+            self.memory = memory
+        else:
+            self.memory.join(memory)
+        self.rows = self.rows + requests
+        return tokens
 
-    @torch.inference_mode()
-    def step(self) -> None:
-        """One cached pass: the target reads each row's newest token and gives the next."""
-        started = perf_counter()
-        logits = self.target.forward(self.chosen[:, None], self.memory)
-        self.chosen = self._choose(logits[:, -1])
-        self._wait()
-        self.timings.decode_s += perf_counter() - started
-        self.timings.steps += 1
+    def _append(self, request: Request, draft: Draft, verdict: Verdict | None) -> list[Token]:
+        """Take in what a verdict says, up to the response's end."""
+        if verdict is None:
+            where = f"decode step {request.timings.steps}" if request.tokens else "the prompt"
+            request.end("error", f"the model gave no usable logits (not a number, or all tokens forbidden) at {where}")
+            return []
+        sources = draft.sources()
+        found = [(draft.tokens[node], sources[node]) for node in verdict.accepted] + [(verdict.token, TARGET)]
+        tokens: list[Token] = []
+        for token, source in found:
+            text = request.append(token, source, self.rules)
+            tokens.append(Token(request, token, text, source))
+            if request.finish_reason is not None:
+                break
+        return tokens
 
-    def accept(self) -> list[Token]:
-        """Hand each row its newest token."""
-        pairs = zip(self.requests, self.chosen.tolist(), strict=True)
-        return [Token(request, token, request.append(token, self.rules)) for request, token in pairs]
+    def _leave(self) -> list[Request]:
+        """Free the rows of requests that have ended."""
+        leaving = {row: r for row, r in enumerate(self.rows) if r.finish_reason is not None}
+        if leaving:
+            stay = fill_holes(len(self.rows), leaving)
+            self.rows = [self.rows[row] for row in stay]
+            self.drafter.select(stay)
+            if stay:
+                self._memory.select(stay)
+            else:
+                self.memory = None
+        return list(leaving.values())
 
-    @torch.inference_mode()
-    def leave(self) -> None:
-        """Drop the rows that have finished."""
-        stay = [row for row, request in enumerate(self.requests) if request.finish_reason is None]
-        if len(stay) == len(self.requests):
-            return
-        self.requests = [self.requests[row] for row in stay]
-        if self.requests:
-            self.memory.select(stay)
-            self.chosen = self.chosen[stay]
-            self.seen = None if self.seen is None else self.seen[stay]
+    def _checked(self, drafts: list[Draft]) -> list[Draft]:
+        for request, draft in zip(self.rows, drafts, strict=True):
+            if draft.tree.depth > max(request.room, 0):
+                raise DraftError(
+                    f"{self.drafter.name} proposed {draft.tree.depth} tokens in a row where {request.room} are left: "
+                    "cut drafts with draft.within(request.room)"
+                )
+        return drafts
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        """int64 [rows] from [rows, V]. May change the logits given."""
-        rules = self.rules
-        if rules.banned:
-            logits[:, list(rules.banned)] = -torch.inf
-        if rules.banned_first:
-            for row, request in enumerate(self.requests):
-                if len(request.tokens) == (rules.first is not None):
-                    logits[row, list(rules.banned_first)] = -torch.inf
-        keys = ((request.key, len(request.tokens)) for request in self.requests)
-        chosen = choose(logits, self.sampling, keys, self.seen)
-        if rules.first is not None or rules.last is not None:
-            for row, request in enumerate(self.requests):
-                forced = rules.forced(len(request.tokens), request.limit)
-                if forced is not None:
-                    chosen[row] = forced
-        if self.seen is not None:
-            self.seen.scatter_(1, chosen[:, None], True)
-        return chosen
+    def _inputs(self, drafts: Sequence[Draft]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What is sent to the target: each row's newest token and its draft, padded; where they are trees, how."""
+        width = 1 + max(map(len, drafts))
+        ids = torch.tensor(
+            [
+                [request.tokens[-1], *draft.tokens, *[0] * (width - 1 - len(draft))]
+                for request, draft in zip(self.rows, drafts, strict=True)
+            ],
+            device=self.target.device,
+        )
+        if all(draft.tree.is_chain for draft in drafts):
+            return ids, None, None
+        steps = torch.zeros((len(drafts), width), dtype=torch.long)
+        tree = torch.eye(width, dtype=torch.bool).repeat(len(drafts), 1, 1)
+        for row, draft in enumerate(drafts):
+            steps[row, : len(draft) + 1] = draft.tree.steps
+            tree[row, : len(draft) + 1, : len(draft) + 1] = draft.tree.mask
+        positions = torch.tensor(self._memory.lengths)[:, None] + steps
+        return ids, positions.to(self.target.device), tree.to(self.target.device)
 
-    def _context(self, inputs: PromptInputs, vocabulary: int) -> Tensor:
-        """Bool [rows, V]: tokens that stand before the response, as far as the writing model knows them as tokens."""
-        seen = torch.zeros((len(inputs.mask), vocabulary), dtype=torch.bool, device=self.target.device)
-        if not self.target.reads_prompt:
-            seen[:, self.target.start] = True  # as transformers has it: the decoder's own tokens, start included
-        elif inputs.ids is not None:
-            for row, (ids, mask) in enumerate(zip(inputs.ids, inputs.mask.bool(), strict=True)):
-                seen[row, ids[mask]] = True
-        return seen
+    @property
+    def _memory(self) -> Memory:
+        assert self.memory is not None
+        return self.memory
 
     def _wait(self) -> None:
         if self.target.device.type == "cuda":  # so that seconds are counted where they are spent

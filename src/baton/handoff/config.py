@@ -6,7 +6,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 
 Fusion = Literal["add", "replace", "concatenate"]
-Signal = Literal["llm", "zero", "constant", "shuffled"]
+Signal = Literal["llm", "zero", "constant", "shuffled", "prompt"]
 SlmTraining = Literal["full", "lora", "frozen"]
 
 
@@ -18,8 +18,10 @@ class HandoffOptions:
     inner_width: int = 0  # width between the projector's two linear maps; 0 means the SLM's width
     bias: bool = True  # whether the projector's linear maps have biases
     zero_init: bool = True  # start the projector's last map at zero, so that step 0 is the plain SLM
+    fit_steps: int = 0  # before training, steps in which the projector alone learns to give the SLM's embeddings back
     fusion: Fusion = "add"  # Z and the SLM's prompt embeddings: add, replace, concatenate
-    signal: Signal = "llm"  # llm; or, for a baseline, zero, constant (learned) or shuffled Z in its place
+    signal: Signal = "llm"  # llm; for a baseline zero, constant (learned) or shuffled Z, or prompt (learned, no Z)
+    prompt_length: int = 20  # learned vectors in front of the prompt when signal is prompt (prompt tuning)
     slm_training: SlmTraining = "full"  # full, lora (an adapter), or frozen (projector only)
     lora_rank: int = 16  # rank of the adapter when slm_training is lora
     include_llm: bool = False  # store the LLM's encoder with the hand-off instead of a pointer to it

@@ -27,4 +27,10 @@ def concatenate(embeds: Tensor, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
     return join_rows(z, mask, embeds), doubled.to(mask.dtype)
 
 
+def prefix(embeds: Tensor, learned: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """F = [P ; E] with k learned vectors [k, d], the same for every prompt: prompt tuning (arXiv 2104.08691)."""
+    front = learned.expand(len(embeds), -1, -1)
+    return torch.cat([front, embeds], 1), torch.cat([mask.new_ones(front.shape[:2]), mask], 1)
+
+
 INJECT: dict[str, Inject] = {"add": add, "replace": replace, "concatenate": concatenate}

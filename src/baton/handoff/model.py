@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from baton.data.storage import atomic_folder, settle
 from baton.errors import BatonError, ModelMismatch, NotAHandoff
 from baton.handoff.config import HandoffConfig, HandoffOptions, Signal
-from baton.handoff.inject import INJECT
+from baton.handoff.inject import INJECT, prefix
 from baton.handoff.project import Projector
 from baton.handoff.read import LayerMix, PromptEncoder, check_same, fingerprint
 from baton.models.loading import (
@@ -34,12 +34,13 @@ from baton.models.loading import (
     resolve_device,
     resolve_dtype,
 )
-from baton.models.prompts import prompt_limit
+from baton.models.prompts import prompt_limit, same_tokenizer
 from baton.models.text import IGNORE, embed_tokens, pack, response_logits
 from baton.models.writer import PromptInputs
 from baton.types import Timings
 
 WEIGHTS = "handoff.safetensors"  # everything trained but a fully trained SLM, which has its own folder
+READING = ("llm", "shuffled")  # signals for which the LLM is run
 LLM = "llm"  # folder of the LLM's reading side, where it is stored with the hand-off
 
 
@@ -85,6 +86,11 @@ class HandoffModel(PreTrainedModel):
         self.prompt_map = None if config.same_tokenizer else nn.Linear(embedding_width, width, bias=False)
         self.constant = nn.Parameter(torch.zeros(width), requires_grad=options.signal == "constant")
         self.signal: Signal = options.signal
+        self.soft_prompt = None
+        if options.signal == "prompt":  # starts as embeddings of random tokens, where the SLM is at home
+            table = slm.get_input_embeddings().weight
+            drawn = torch.randint(len(table), (options.prompt_length,), device=table.device)
+            self.soft_prompt = nn.Parameter(table.detach()[drawn].clone())
         self.prompt_tokenizer, self.response_tokenizer = prompt_tokenizer, response_tokenizer
         self._encoder = encoder
         _set_trainable(self, options)
@@ -115,9 +121,13 @@ class HandoffModel(PreTrainedModel):
 
     @property
     def prompt_limits(self) -> dict[str, int]:
-        """Most prompt tokens the LLM and the SLM can read. Concatenation doubles the prompt for the SLM."""
+        """Most prompt tokens the LLM and the SLM can read. What is injected may take some of the SLM's."""
         limits = {"the LLM": self.config.llm.get("limit"), "the SLM": prompt_limit(self.slm.config)}
-        if limits["the SLM"] and self.config.handoff.fusion == "concatenate":
+        if self.soft_prompt is not None:
+            limits["the LLM"] = None  # reads nothing
+            if limits["the SLM"]:
+                limits["the SLM"] -= len(self.soft_prompt)
+        elif limits["the SLM"] and self.config.handoff.fusion == "concatenate":
             limits["the SLM"] //= 2
         return {name: limit for name, limit in limits.items() if limit}
 
@@ -126,6 +136,8 @@ class HandoffModel(PreTrainedModel):
         positions = prompt_limit(self.slm.config) or sys.maxsize
         if self.slm.config.is_encoder_decoder:
             return positions
+        if self.soft_prompt is not None:
+            return positions - prompt_tokens - len(self.soft_prompt)
         return positions - prompt_tokens * (2 if self.config.handoff.fusion == "concatenate" else 1)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> "HandoffModel":
@@ -155,8 +167,11 @@ class HandoffModel(PreTrainedModel):
 
         Args:
             ids, mask: int64 [b, m], right-padded.
-            states: H; not needed for the baselines `zero` and `constant`.
+            states: H; not needed for the baselines `zero`, `constant` and `prompt`.
         """
+        if self.signal == "prompt":
+            assert self.soft_prompt is not None
+            return prefix(self.prompt_embeddings(ids), self.soft_prompt, mask)
         if self.signal == "zero":
             z = self.constant.new_zeros(*ids.shape, len(self.constant))
         elif self.signal == "constant":
@@ -177,7 +192,7 @@ class HandoffModel(PreTrainedModel):
 
     @property
     def needs_states(self) -> bool:
-        return self.signal in ("llm", "shuffled")
+        return self.signal in READING
 
     @contextlib.contextmanager
     def with_signal(self, signal: Signal, constant: Tensor | None = None) -> Iterator[None]:
@@ -398,18 +413,12 @@ class HandoffModel(PreTrainedModel):
         return model.to(where, stored if torch_dtype == "auto" else torch_dtype).eval()
 
 
-def same_tokenizer(first: Any, second: Any) -> bool:
-    """Whether two tokenizers give the same ids, special tokens included."""
-    probe = "Baton: Größe 123, naïve — 東京!"
-    return first.get_vocab() == second.get_vocab() and first(probe)["input_ids"] == second(probe)["input_ids"]
-
-
 def _set_trainable(model: HandoffModel, options: HandoffOptions) -> None:
     if options.slm_training == "frozen":
         model.slm.requires_grad_(False)
     if model.prompt_map is not None and options.fusion == "replace":
         model.prompt_map.requires_grad_(False)
-    if options.signal in ("zero", "constant"):  # the projector is not used: nothing to train in it
+    if options.signal not in READING:  # the projector is not used: nothing to train in it
         for module in (model.projector, model.mix):
             if module is not None:
                 module.requires_grad_(False)

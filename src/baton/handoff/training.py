@@ -17,6 +17,7 @@ from baton.handoff.config import HandoffOptions
 from baton.handoff.features import FeatureCache, build
 from baton.handoff.model import HandoffModel
 from baton.handoff.read import fingerprint
+from baton.models.prompts import pad_right
 from baton.models.writer import Writer
 from baton.train.dataset import PairDataset
 from baton.train.options import TrainOptions
@@ -72,6 +73,9 @@ def train_handoff(
             first = len(datasets[0])
             datasets[0].states = _View(cache, 0)
             datasets[1].states = _View(cache, first)
+    if options.fit_steps and model.needs_states:
+        error = fit_projector(model, datasets[0], options.fit_steps, train.seed)
+        log.info("the projector gives the SLM's embeddings back up to %.0f %% of their variance", 100 * error)
     trainer = make_trainer(
         model,
         *datasets,
@@ -91,6 +95,37 @@ def train_handoff(
         )
         model.save_pretrained(out, card=card)
     return finished
+
+
+def fit_projector(model: HandoffModel, data: PairDataset, steps: int, seed: int = 0, batch_size: int = 128) -> float:
+    """Teach the projector alone to give back the SLM's own embeddings of the prompt's tokens.
+
+    Where training starts from Z = 0, or from noise, what a trained SLM learns first is that Z does not help, and the
+    projector's units die; from here on Z already means something to the SLM, and the SLM still writes as before.
+
+    Returns: mean squared error of the last steps, as a fraction of the embeddings' variance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.projector.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    errors: list[float] = []
+    for _ in range(steps):
+        chosen = torch.randint(len(data), (batch_size,), generator=generator).tolist()
+        ids, mask = pad_right([data.prompts[index] for index in chosen], device=model.device)
+        with torch.no_grad():
+            if data.states is None:
+                states = model.read(ids, mask)
+            else:
+                rows = [data.states[index] for index in chosen]
+                states = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+            wanted = model.prompt_embeddings(ids).float()[mask.bool()]
+        error = (model.project(states).float()[mask.bool()] - wanted).pow(2).mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        schedule.step()
+        errors.append(float(error.detach() / wanted.var()))
+    return sum(errors[-20:]) / len(errors[-20:])
 
 
 def cache_states(

@@ -4,7 +4,9 @@ No modeling code is copied. Stock layers run with a cache of ours, an explicit 4
 of different lengths, and later trees of drafts, share one pass. A family is supported once its logits were compared.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -23,13 +25,15 @@ class Target(ABC):
     Attributes:
         context: most slots a row can have, or None. Prompt and response of a decoder-only model, start token and
             response of an encoder-decoder.
-        window: slots that sliding-window layers see, or None. A row must not grow beyond.
+        window: positions that sliding-window layers look back over, its own included, or None.
         reads_prompt: prompt tokens take slots of the rows (decoder-only).
         start: the token that responses start after (encoder-decoder), or None.
+        layers: the decoder's blocks.
     """
 
     reads_prompt: bool
     start: int | None = None
+    layers: Any  # the decoder's blocks, first to last
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -37,7 +41,7 @@ class Target(ABC):
         self.dtype = model.dtype
         config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(config, "max_position_embeddings", None)
-        self.window = _window(config)
+        self.layer_kinds, self.window = _window(config)
         self.lm_head = model.get_output_embeddings()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         attention = model.config._attn_implementation
@@ -68,27 +72,53 @@ class Target(ABC):
         """
 
     def room(self, prompt_tokens: int, wanted: int) -> int:
-        """How many of the `wanted` response tokens the model has positions for; less than 1: the prompt is too long.
-
-        Raises:
-            UnsupportedModel: rows of that many slots would need sliding-window caching.
-        """
+        """How many of the `wanted` response tokens the model has positions for; less than 1: the prompt is too long."""
         taken = prompt_tokens if self.reads_prompt else 1
-        if self.context is not None:  # the last token needs no position: nothing is read after it
-            wanted = min(wanted, self.context - taken + 1)
-        slots = taken + wanted - 1
-        if self.window is not None and slots > self.window:
-            raise UnsupportedModel(
-                f"{type(self.model).__name__} attends within a sliding window of {self.window} tokens, which Baton "
-                f"does not cache yet, and prompt and response may take {slots}: lower max_new_tokens or shorten the "
-                "prompt"
-            )
-        return wanted
+        # The last token needs no position: nothing is read after it.
+        return wanted if self.context is None else min(wanted, self.context - taken + 1)
+
+    @contextlib.contextmanager
+    def capture(self, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+        """Outputs of decoder layers, [b, q, d], of the latest pass made inside.
+
+        Args:
+            layers: 0 is what the first layer is given, n what the n-th one gives (before the final norm).
+        Raises: UnsupportedModel for a layer that the model does not have.
+        """
+        found: dict[int, Tensor] = {}
+        hooks = []
+
+        def keep(layer: int, value: Any) -> None:
+            found[layer] = value[0] if isinstance(value, tuple) else value
+
+        for layer in layers:
+            if not 0 <= layer <= len(self.layers):
+                raise UnsupportedModel(f"layer {layer} of a model with {len(self.layers)}")
+            if layer == 0:
+                hook = lambda module, args: keep(0, args[0])  # noqa: E731
+                hooks.append(self.layers[0].register_forward_pre_hook(hook))
+            else:
+                after = lambda module, args, output, layer=layer: keep(layer, output)  # noqa: E731
+                hooks.append(self.layers[layer - 1].register_forward_hook(after))
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Final hidden states [..., d] to logits [..., V]."""
+        """Final hidden states [..., d], after the final norm, to logits [..., V]."""
         logits = self.lm_head(hidden)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def masks(self, own: RowCache, positions: Tensor, tree: Tensor | None) -> Any:
+        """What the announced pass may attend to, as the model takes it: one mask, or one per kind of layer."""
+        allowed = attendable(own, tree, self.device)
+        if self.window is None:
+            return self.mask(allowed)
+        ahead = positions[:, :, None] - slot_positions(own, positions)[:, None, :]
+        near = self.mask(allowed & (ahead < self.window)[:, None])
+        return {"full_attention": self.mask(allowed), "sliding_attention": near} if self.layer_kinds else near
 
     def mask(self, allowed: Tensor) -> Tensor:
         """Bool mask, True = may attend, in the form that the model's attention takes."""
@@ -108,12 +138,13 @@ class DecoderOnly(Target):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.decoder = model.base_model
-        self.num_layers: int = model.config.get_text_config().num_hidden_layers
+        stack = getattr(self.decoder, "decoder", self.decoder)  # OPT's stack is inside
+        self.layers = stack.h if hasattr(stack, "h") else stack.layers
 
     @torch.inference_mode()
     def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
         rows, width = inputs.mask.shape
-        memory = Memory(RowCache(self.num_layers, rows, capacity=width + 64))
+        memory = Memory(RowCache(len(self.layers), rows, capacity=width + 64))
         memory.own.append(width)
         hidden = self.decoder(
             input_ids=inputs.ids,
@@ -136,10 +167,10 @@ class DecoderOnly(Target):
         own.append(ids.shape[1], self.device)
         if positions is None:
             positions = next_positions(own, self.device)
-        alone = own.even and own.count == 1
+        alone = own.even and own.count == 1 and self.window is None
         hidden = self.decoder(
             input_ids=ids,
-            attention_mask=None if alone else self.mask(attendable(own, tree, self.device)),
+            attention_mask=None if alone else self.masks(own, positions, tree),
             position_ids=positions,
             past_key_values=memory.past,
             use_cache=True,
@@ -158,7 +189,7 @@ class EncoderDecoder(Target):
         self.encoder = model.get_encoder()
         self.decoder = model.get_decoder()
         self.start = start_token(model)
-        self.layers: Any = getattr(self.decoder, "block", None) or self.decoder.layers
+        self.layers = getattr(self.decoder, "block", None) or self.decoder.layers
         # Positions are an argument (T5Gemma), or a table that is indexed by the cache's length (BART and kin).
         self.position_table: nn.Embedding | None = getattr(self.decoder, "embed_positions", None)
         self.logits_bias: Tensor | None = getattr(model, "final_logits_bias", None)
@@ -174,7 +205,7 @@ class EncoderDecoder(Target):
     def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
         states, allowed = self.encode(inputs)
         # A mask even where nothing is padded: stock code would make one at every step.
-        cross = CrossCache(len(self.layers), states, self.mask(allowed))
+        cross = CrossCache(len(self.layers), states, self.mask(allowed), inputs.mask.sum(1).tolist())
         memory = Memory(RowCache(len(self.layers), len(states)), cross)
         start = torch.full((len(states), 1), self.start, device=self.device)
         return self.forward(start, memory)[:, -1], memory
@@ -188,14 +219,16 @@ class EncoderDecoder(Target):
         own.append(ids.shape[1], self.device)
         arguments: dict[str, Any] = {}
         hook = None
+        stock = positions is None and own.even  # the table is indexed by the cache's length
+        positions = next_positions(own, self.device) if positions is None else positions
         if self.position_table is None:
-            arguments["position_ids"] = next_positions(own, self.device) if positions is None else positions
-        elif positions is not None or not own.even:
-            hook = self._place(next_positions(own, self.device) if positions is None else positions)
+            arguments["position_ids"] = positions
+        elif not stock:
+            hook = self._place(positions)
         try:
             hidden = self.decoder(
                 input_ids=ids,
-                attention_mask=self.mask(attendable(own, tree, self.device)),
+                attention_mask=self.masks(own, positions, tree),
                 encoder_hidden_states=cross.states,
                 encoder_attention_mask=cross.mask,
                 past_key_values=memory.past,
@@ -278,12 +311,8 @@ class T5(EncoderDecoder):
 
     def _bias(self, own: RowCache, positions: Tensor | None, tree: Tensor | None) -> Tensor:
         """[b, heads, q, width], mask included."""
-        starts = torch.tensor(own.starts, device=self.device)[:, None]
-        slots = torch.arange(own.width, device=self.device)[None]
         at = next_positions(own, self.device) if positions is None else positions
-        # A slot in use lies at its own number; those of new tokens lie where the tokens say.
-        lies = torch.where(slots < starts, slots, at.gather(1, (slots - starts).clamp(0, own.count - 1)))
-        distances = (at[:, :, None] - lies[:, None, :]).clamp(min=0)
+        distances = (at[:, :, None] - slot_positions(own, at)[:, None, :]).clamp(min=0)
         bias = self.bias_by_distance[distances].permute(0, 3, 1, 2)
         return torch.where(attendable(own, tree, self.device), bias, torch.finfo(self.dtype).min)
 
@@ -292,6 +321,13 @@ def next_positions(own: RowCache, device: torch.device) -> Tensor:
     """int64 [b, q]: the new tokens of each row follow its last, one by one."""
     starts = torch.tensor(own.starts, device=device)[:, None]
     return starts if own.count == 1 else starts + torch.arange(own.count, device=device)
+
+
+def slot_positions(own: RowCache, positions: Tensor) -> Tensor:
+    """int64 [b, width]: older slots lie at their own number, those of new tokens where `positions` [b, q] says."""
+    starts = torch.tensor(own.starts, device=positions.device)[:, None]
+    slots = torch.arange(own.width, device=positions.device)[None]
+    return torch.where(slots < starts, slots, positions.gather(1, (slots - starts).clamp(0, own.count - 1)))
 
 
 def attendable(own: RowCache, tree: Tensor | None, device: torch.device) -> Tensor:
@@ -358,12 +394,12 @@ def target_for(model: PreTrainedModel) -> Target:
     return FAMILIES[family](model)
 
 
-def _window(config: Any) -> int | None:
+def _window(config: Any) -> tuple[bool, int | None]:
+    """Whether layers are of kinds that take a mask each, and how far sliding-window layers look back, if there are."""
     kinds = set(getattr(config, "layer_types", None) or [])
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown:
         raise UnsupportedModel(f"layers of type {', '.join(sorted(unknown))} are not supported by Baton's engine yet")
-    window = getattr(config, "sliding_window", None)
     if kinds and "sliding_attention" not in kinds:
-        return None
-    return window
+        return True, None
+    return bool(kinds), getattr(config, "sliding_window", None)

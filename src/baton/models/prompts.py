@@ -70,3 +70,11 @@ def pad_right(
     ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     return ids, mask
+
+
+def same_tokenizer(first: Any, second: Any) -> bool:
+    """Whether two tokenizers give the same ids, special tokens included."""
+    if first is second:
+        return True
+    probe = "Baton: Größe 123, naïve — 東京!"
+    return first.get_vocab() == second.get_vocab() and first(probe)["input_ids"] == second(probe)["input_ids"]

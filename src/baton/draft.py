@@ -1,0 +1,296 @@
+"""Drafts: what a drafter proposes for one row, a tree of tokens that the target then checks in one pass.
+
+A chain is a tree in which every node has one child, and nothing is the empty tree. The root of a tree is not part of
+it: it is the row's newest token, which is certain already. Nodes stand after their parents.
+
+Children of a node are either *fixed* (looked up, most probable, retrieved: no randomness) or *drawn* (sampled without
+replacement, in order, from a distribution that is kept with them). Which acceptance rule is exact depends on that, so
+a draft says how it was made (`baton.verify`).
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from baton.errors import DraftError
+
+ROOT = -1  # the parent of a tree's first nodes
+
+
+class Tree:
+    """The shape of a draft, without tokens. Equal shapes may share one object, and with it masks made once.
+
+    Args:
+        parents: per node, the index of its parent, or `ROOT`; parents stand before their children.
+    Raises: DraftError when they do not.
+    """
+
+    def __init__(self, parents: Iterable[int]) -> None:
+        self.parents = tuple(parents)
+        depths: list[int] = []
+        children: list[list[int]] = [[] for _ in range(len(self.parents) + 1)]
+        for node, parent in enumerate(self.parents):
+            if not ROOT <= parent < node:
+                raise DraftError(
+                    f"node {node} has parent {parent}: parents stand before their children, {ROOT} is the root"
+                )
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+            children[parent + 1].append(node)
+        self.depths = tuple(depths)  # children of the root have 1
+        self._children = tuple(map(tuple, children))
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @property
+    def depth(self) -> int:
+        """Nodes on the longest path."""
+        return max(self.depths, default=0)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def children(self, node: int) -> tuple[int, ...]:
+        """Children of a node, or of `ROOT`, in the order of their ranks."""
+        return self._children[node + 1]
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root's child down to this one."""
+        found = []
+        while node != ROOT:
+            found.append(node)
+            node = self.parents[node]
+        return found[::-1]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Bool [n + 1, n + 1] on the CPU, the root first: True where a node may attend to another, on its own path."""
+        mask = torch.eye(len(self) + 1, dtype=torch.bool)
+        mask[:, 0] = True
+        for node, parent in enumerate(self.parents):
+            mask[node + 1] |= mask[parent + 1]
+        return mask
+
+    @cached_property
+    def steps(self) -> Tensor:
+        """int64 [n + 1] on the CPU, the root first: positions after the root's."""
+        return torch.tensor([0, *self.depths])
+
+
+@lru_cache(maxsize=256)
+def chain(length: int) -> Tree:
+    """The tree in which every node has one child."""
+    return Tree(range(-1, length - 1))
+
+
+EMPTY = chain(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """Proposed tokens of one row.
+
+    Args:
+        tokens: token id per node, in the target's vocabulary.
+        tree: how the nodes hang together.
+        source: who proposes, for provenance; or one name per node.
+        scores: per node, anything that orders nodes by how likely they are to be accepted; empty: unknown.
+        drawn: for parents whose children were drawn: float32 [V], the distribution of the first draw. The children
+            stand in the order in which they were drawn, without replacement.
+    """
+
+    tokens: Sequence[int] = ()
+    tree: Tree = EMPTY
+    source: str | Sequence[str] = ""
+    scores: Sequence[float] = ()
+    drawn: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.tree):
+            raise DraftError(f"a draft of {len(self.tree)} nodes has {len(self.tokens)} tokens")
+        for parent in self.drawn:
+            siblings = [self.tokens[node] for node in self.tree.children(parent)]
+            if len(set(siblings)) != len(siblings):
+                raise DraftError(
+                    f"tokens drawn without replacement are different; the children of {parent}: {siblings}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], source: str = "", drawn: Sequence[Tensor] = ()) -> "Draft":
+        """One token after the other; `drawn`: the distribution [V] that each was drawn from, or nothing."""
+        return cls(
+            tokens=tokens, tree=chain(len(tokens)), source=source, drawn={node - 1: q for node, q in enumerate(drawn)}
+        )
+
+    @classmethod
+    def paths(cls, paths: Iterable[Sequence[int]], source: str = "", scores: Iterable[float] = ()) -> "Draft":
+        """Continuations, each from the root; equal beginnings become one. A node's score is its best path's."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        best: list[float] = []
+        known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+        given = list(scores)
+        for index, path in enumerate(paths):
+            at = ROOT
+            for token in path:
+                node = known.get((at, token))
+                if node is None:
+                    node = known[at, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(at)
+                    best.append(given[index] if given else 0.0)
+                elif given:
+                    best[node] = max(best[node], given[index])
+                at = node
+        return cls(tokens=tokens, tree=Tree(parents), source=source, scores=best if given else ())
+
+    def sources(self) -> Sequence[str]:
+        """Who proposed each node."""
+        return [self.source] * len(self) if isinstance(self.source, str) else self.source
+
+    def merge(self, other: "Draft") -> "Draft":
+        """Both; a path that both hold is there once, with the better score and this one's source.
+
+        Raises: DraftError when a node has drawn children: others beside them would change what their order means.
+        """
+        if self.drawn or other.drawn:
+            raise DraftError(
+                "drafts with drawn children cannot be merged: their acceptance rule counts on every sibling"
+            )
+        tokens, parents, sources = list(self.tokens), list(self.tree.parents), list(self.sources())
+        scored = bool(self.scores or other.scores)
+        scores = list(self.scores or [0.0] * len(self))
+        known = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
+        place = {ROOT: ROOT}
+        for node, (parent, token, source) in enumerate(
+            zip(other.tree.parents, other.tokens, other.sources(), strict=True)
+        ):
+            key, score = (place[parent], token), other.scores[node] if other.scores else 0.0
+            if key in known:
+                scores[known[key]] = max(scores[known[key]], score)
+            else:
+                known[key] = len(tokens)
+                tokens.append(token)
+                parents.append(key[0])
+                sources.append(source)
+                scores.append(score)
+            place[node] = known[key]
+        return Draft(tokens=tokens, tree=Tree(parents), source=sources, scores=scores if scored else ())
+
+    def prune(self, budget: int) -> "Draft":
+        """The best-scored nodes, at most `budget`, each with its whole path.
+
+        Raises: DraftError when a node has drawn children: which of them are left would then depend on their values.
+        """
+        if len(self) <= budget:
+            return self
+        if self.drawn:
+            raise DraftError("a draft with drawn children cannot be pruned: what is left would no longer be drawn")
+        scores = self.scores or [-depth for depth in self.tree.depths]
+        frontier = [(-scores[node], node) for node in self.tree.children(ROOT)]
+        heapq.heapify(frontier)
+        kept: list[int] = []
+        while frontier and len(kept) < budget:
+            _, node = heapq.heappop(frontier)
+            kept.append(node)
+            for child in self.tree.children(node):
+                heapq.heappush(frontier, (-scores[child], child))
+        return self._only(sorted(kept))
+
+    def within(self, depth: int) -> "Draft":
+        """Nodes at most so deep: siblings leave together, so drawn ones may stay."""
+        if self.tree.depth <= depth:
+            return self
+        return self._only([node for node, at in enumerate(self.tree.depths) if at <= depth])
+
+    def _only(self, nodes: Sequence[int]) -> "Draft":
+        place = {ROOT: ROOT} | {node: index for index, node in enumerate(nodes)}
+        parents = [place[self.tree.parents[node]] for node in nodes]
+        tree = chain(len(nodes)) if self.tree.is_chain else Tree(parents)
+        has_children = set(parents)
+        return Draft(
+            tokens=[self.tokens[node] for node in nodes],
+            tree=tree,
+            source=self.source if isinstance(self.source, str) else [self.source[node] for node in nodes],
+            scores=[self.scores[node] for node in nodes] if self.scores else (),
+            drawn={place[p]: q for p, q in self.drawn.items() if p in place and place[p] in has_children},
+        )
+
+
+NOTHING = Draft()
+
+
+class PathTemplate:
+    """A fixed tree of ranks, filled anew at each step: node = the child of rank r of its parent. arXiv 2401.10774.
+
+    Args:
+        paths: per wanted node the ranks on the way to it, such as (0, 2): the third best after the best. Beginnings
+            of paths are nodes too, named or not.
+    Raises: DraftError for a path given twice, or an empty one.
+    """
+
+    def __init__(self, paths: Iterable[Sequence[int]]) -> None:
+        given = [tuple(path) for path in paths]
+        if len(set(given)) != len(given) or () in given:
+            raise DraftError("a template's paths must be different and not empty")
+        nodes = sorted({path[:end] for path in given for end in range(1, len(path) + 1)}, key=lambda p: (len(p), p))
+        place = {(): ROOT} | {path: node for node, path in enumerate(nodes)}
+        self.ranks = tuple(path[-1] for path in nodes)
+        self.tree = Tree(place[path[:-1]] for path in nodes)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @classmethod
+    @lru_cache(maxsize=32)
+    def grown(cls, accuracy: Sequence[float], nodes: int, depth: int) -> "PathTemplate":
+        """The `nodes` most promising paths of at most `depth`, where the candidate of rank r is right with accuracy[r].
+
+        Args:
+            accuracy: a tuple, falling.
+        """
+        paths: list[tuple[int, ...]] = []
+        frontier: list[tuple[float, tuple[int, ...]]] = [(-chance, (rank,)) for rank, chance in enumerate(accuracy)]
+        heapq.heapify(frontier)
+        while frontier and len(paths) < nodes:
+            value, path = heapq.heappop(frontier)
+            paths.append(path)
+            if len(path) < depth:
+                for rank, chance in enumerate(accuracy):
+                    heapq.heappush(frontier, (value * chance, (*path, rank)))
+        return cls(paths)
+
+    def within(self, depth: int) -> "PathTemplate":
+        """The same template without nodes deeper than that."""
+        return self if depth >= self.tree.depth else self._cut(max(depth, 0))
+
+    @lru_cache(maxsize=32)  # noqa: B019 (templates live as long as the program)
+    def _cut(self, depth: int) -> "PathTemplate":
+        paths: list[tuple[int, ...]] = []
+        for rank, parent in zip(self.ranks, self.tree.parents, strict=True):
+            paths.append((*(paths[parent] if parent != ROOT else ()), rank))
+        return PathTemplate(path for path in paths if len(path) <= depth)
+
+    def fill(self, root: int, ranked: Callable[[int], Sequence[int]], source: str = "") -> Draft:
+        """Tokens for every node whose parent has a child of its rank.
+
+        Args:
+            root: the row's newest token.
+            ranked: tokens that may follow a token, best first.
+        """
+        tokens: list[int] = []
+        for rank, parent in zip(self.ranks, self.tree.parents, strict=True):
+            before = root if parent == ROOT else tokens[parent]
+            following = ranked(before) if before >= 0 else ()
+            tokens.append(following[rank] if rank < len(following) else -1)
+        draft = Draft(tokens=tokens, tree=self.tree, source=source)
+        missing = [node for node, token in enumerate(tokens) if token < 0]
+        return draft if not missing else draft._only([node for node, token in enumerate(tokens) if token >= 0])

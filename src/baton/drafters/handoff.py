@@ -1,0 +1,49 @@
+"""Hand-off as drafter: the SLM of a hand-off writes ahead for its own LLM, from the states the LLM has just read.
+
+Source: arXiv 2402.16844 for the hand-off, 2211.17192 for the check. Lossless: yes. Training: the hand-off's.
+The prompt is encoded once: LLM and SLM share its states.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from baton.drafters.draft_model import DraftModel
+from baton.engine.drafter import Joined
+from baton.errors import ModelMismatch, UnknownOption
+from baton.handoff.model import HandoffModel
+from baton.handoff.read import PromptEncoder, check_same
+from baton.models.loading import kind_of
+from baton.models.prompts import pad_right
+from baton.models.writer import PromptInputs, Writer
+
+if TYPE_CHECKING:
+    from baton.engine.loop import Engine
+
+
+@dataclass(kw_only=True)
+class HandoffDrafter(DraftModel):
+    name = "handoff"
+
+    def load(self, engine: "Engine") -> Writer:
+        if not self.model:
+            raise UnknownOption("handoff needs a hand-off: handoff:model=FOLDER_OR_HUB_ID")
+        lm = engine.writer.lm
+        self.handoff = HandoffModel.from_pretrained(
+            self.model, dtype=engine.target.dtype, device=engine.target.device, encoder=False
+        )
+        expected = self.handoff.config.llm
+        if kind_of(lm.config) != "encoder-decoder" or expected["kind"] != "encoder-decoder":
+            raise ModelMismatch("a hand-off drafts for an encoder-decoder LLM, whose encoder's states it shares")
+        reader = PromptEncoder(lm.get_encoder(), kind="encoder-decoder", layer="last", depth=1, cut=False)
+        check_same(expected, reader, str(lm.name_or_path))
+        self.handoff._encoder = reader  # embeds the prompt's tokens where the tokenizers differ
+        return self.handoff
+
+    def read(self, joined: Joined) -> PromptInputs:
+        assert joined.memory.cross is not None
+        ids, mask = pad_right([request.prompt_ids for request in joined.requests], device=self.target.device)
+        with torch.inference_mode():
+            embeds, mask = self.handoff.inject(ids, mask, joined.memory.cross.states)
+        return PromptInputs(embeds=embeds, mask=mask)

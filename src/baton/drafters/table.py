@@ -1,0 +1,59 @@
+"""The methods by name, loaded when asked for, and their options from text."""
+
+import dataclasses
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from baton.errors import UnknownOption, nearest
+
+if TYPE_CHECKING:  # this table is read by the command line's help, which loads no PyTorch
+    from baton.engine.drafter import Drafter
+
+METHODS = {
+    "plain": "baton.engine.drafter:Drafter",
+    "prompt-lookup": "baton.drafters.prompt_lookup:PromptLookup",
+    "draft-model": "baton.drafters.draft_model:DraftModel",
+    "handoff": "baton.drafters.handoff:HandoffDrafter",
+    "token-recycling": "baton.drafters.token_recycling:TokenRecycling",
+}
+
+
+def method(name: str) -> "type[Drafter]":
+    """The class of a method. Raises: UnknownOption."""
+    if name not in METHODS:
+        raise UnknownOption(f"no drafting method {name!r}: {nearest(name, METHODS)}")
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def make(spec: str) -> "Drafter":
+    """A drafter from `name` or `name:key=value,key=value`.
+
+    Raises: UnknownOption for a method or an option that does not exist, or a value that does not fit.
+    """
+    name, _, rest = spec.partition(":")
+    kind = method(name.strip())
+    fields = options(kind)
+    values: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, text = part.partition("=")
+        key = key.strip().replace("-", "_")
+        if key not in fields:
+            raise UnknownOption(f"{name} has no option {key!r}: {nearest(key, fields)}")
+        values[key] = _value(f"{name}:{key}", text.strip() if equals else "true", fields[key].default)
+    return kind(**values)
+
+
+def options(kind: "type[Drafter]") -> dict[str, dataclasses.Field[Any]]:
+    """The options of a method by name."""
+    return {f.name: f for f in dataclasses.fields(kind) if f.init} if dataclasses.is_dataclass(kind) else {}
+
+
+def _value(where: str, text: str, default: Any) -> Any:
+    """Text as the type of the option's default."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+        return type(default)(text)
+    except (KeyError, ValueError):
+        raise UnknownOption(f"{where}={text!r} is not a {type(default).__name__}") from None

@@ -1,0 +1,352 @@
+"""The laws every drafter keeps, on every family: drafting may change speed, never text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.draft import NOTHING, Draft, Tree, chain
+from baton.drafters import METHODS, make
+from baton.drafters.draft_model import DraftModel
+from baton.engine import Engine, generate, stream
+from baton.engine.drafter import Drafter
+from baton.engine.request import Request
+from baton.errors import BatonError, DraftError, UnknownOption, VocabMismatch
+from baton.models.writer import Writer
+from baton.types import Output, Sampling
+
+PROMPTS = [*tiny.PROMPTS, "a a a a a a", "The cat sat on the mat. The cat sat on"]
+SAMPLED = Sampling(temperature=1.3, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=7)
+BIASED = Sampling(logit_bias=((20, 1.5), (31, -3.0)), bad_words=((44,), (9, 12)), repetition_penalty=1.2)
+
+
+class Adversary(Drafter):
+    """Random trees of random tokens, nothing now and then."""
+
+    name = "adversary"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
+        return [self.draft().within(max(request.room, 0)) for request in requests]
+
+    def draft(self) -> Draft:
+        count = self.number(9)
+        tree = Tree(self.number(node + 1) - 1 for node in range(count))
+        return Draft(tokens=[self.number(tiny.VOCAB) for _ in range(count)], tree=tree, source=self.name)
+
+    def number(self, below: int) -> int:
+        return int(torch.randint(below, (), generator=self.generator))
+
+
+class Oracle(Drafter):
+    """Knows the responses, and hides the truth in a tree of lies, last among its siblings."""
+
+    name = "oracle"
+
+    def __init__(self, answers: dict[str, list[int]], depth: int, lies: int = 0) -> None:
+        self.answers, self.depth, self.lies = answers, depth, lies
+
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
+        return [self.draft(request) for request in requests]
+
+    def draft(self, request: Request) -> Draft:
+        truth = self.answers[request.prompt][len(request.tokens) :][: min(self.depth, request.room)]
+        tokens: list[int] = []
+        parents: list[int] = []
+        at = -1
+        for token in truth:
+            for lie in range(1, self.lies + 1):
+                tokens.append((token + lie) % tiny.VOCAB)
+                parents.append(at)
+            tokens.append(token)
+            parents.append(at)
+            at = len(tokens) - 1
+        return Draft(tokens=tokens, tree=Tree(parents), source=self.name)
+
+
+def drafters(writer: Writer, other: Writer) -> dict[str, Drafter]:
+    """One of each method, with options that make it draft much."""
+
+    class Local(DraftModel):
+        def load(self, engine: Any) -> Writer:
+            return other
+
+    class Itself(DraftModel):
+        def load(self, engine: Any) -> Writer:
+            return writer
+
+    return {
+        "prompt-lookup": make("prompt-lookup:num_draft_tokens=4"),
+        "token-recycling": make("token-recycling:num_draft_tokens=20"),
+        "token-recycling, shared": make("token-recycling:num_draft_tokens=12,shared=true,max_depth=3"),
+        "draft-model": Local(num_draft_tokens=3),
+        "draft-model, confident": Local(num_draft_tokens=4, min_confidence=0.1),
+        "draft-model, tree": Local(num_draft_tokens=9, branches=3, max_depth=3),
+        "draft-model, itself": Itself(num_draft_tokens=4),
+        "draft-model, itself, tree": Itself(num_draft_tokens=6, branches=2, max_depth=4),
+        "adversary": Adversary(),
+    }
+
+
+NAMES = list(drafters(None, None))  # type: ignore[arg-type]
+FAMILIES = list(tiny.FAMILIES)
+
+
+def texts(outputs: Sequence[Output]) -> list[Any]:
+    return [(o.text, o.token_ids, o.finish_reason) for o in outputs]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_text_is_the_targets_own(name: str, family: str) -> None:
+    """Greedy, biased and sampled, alone and in ragged batches that rows join and leave: same ids, same end."""
+    writer, other = tiny.language_model(family), tiny.language_model(family, seed=5)
+    for sampling in (Sampling(), SAMPLED, BIASED):
+        plain = texts(generate(writer, PROMPTS, max_new_tokens=19, sampling=sampling))
+        for batch_size in (1, 3, 16):
+            drafter = drafters(writer, other)[name]
+            found = generate(
+                writer, PROMPTS, max_new_tokens=19, sampling=sampling, drafter=drafter, batch_size=batch_size
+            )
+            assert texts(found) == plain, (sampling, batch_size)
+            for output in found:
+                accounted(output)
+
+
+def accounted(output: Output) -> None:
+    """Counts, provenance and tokens agree."""
+    assert len(output.sources) == len(output.token_ids)
+    assert sum(step.emitted for step in output.steps) == len(output.token_ids) - 1
+    drafted = sum(source != "target" for source in output.sources)
+    assert drafted <= sum(step.accepted for step in output.steps) <= drafted + 8  # the last may be cut
+    assert all(0 <= step.accepted <= step.drafted and 1 <= step.emitted <= step.accepted + 1 for step in output.steps)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lies", [0, 2])
+def test_a_perfect_draft_is_accepted_whole(family: str, lies: int) -> None:
+    """Depth k gives k + 1 tokens per step, to the last but one step, wherever the truth stands among its siblings."""
+    writer = tiny.language_model(family)
+    plain = generate(writer, PROMPTS, max_new_tokens=22)
+    answers = {o.prompt: o.token_ids for o in plain}
+    outputs = generate(writer, PROMPTS, max_new_tokens=22, drafter=Oracle(answers, 4, lies), batch_size=3)
+    assert texts(outputs) == texts(plain)
+    for output in outputs:
+        assert all(step.emitted == 5 for step in output.steps[:-1])
+        assert all(step.drafted == 4 * (lies + 1) for step in output.steps[:-2])
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_model_that_drafts_for_itself_is_always_right(family: str) -> None:
+    """Its chains are accepted whole; its trees hold at least its best next token."""
+    writer = tiny.language_model(family)
+    made = {
+        name: generate(writer, PROMPTS, max_new_tokens=21, drafter=drafters(writer, writer)[name], batch_size=3)
+        for name in ("draft-model, itself", "draft-model, itself, tree")
+    }
+    for output in made["draft-model, itself"]:
+        assert [step.emitted for step in output.steps[:-1]] == [5] * (len(output.steps) - 1)
+    for output in made["draft-model, itself, tree"]:
+        assert all(step.emitted >= 2 for step in output.steps[:-1])
+
+
+@pytest.mark.parametrize("depth", [1, 3, 7])
+def test_ends_inside_a_draft(depth: int) -> None:
+    """End tokens, stop strings across the border of two drafts, and the limit cut where plain decoding ends."""
+    writer = tiny.language_model("llama")
+    plain = generate(writer, PROMPTS, max_new_tokens=30)
+    answers = {o.prompt: o.token_ids + [5] * 40 for o in plain}
+    for limit in range(1, 9):
+        expected = texts(generate(writer, PROMPTS, max_new_tokens=limit))
+        assert texts(generate(writer, PROMPTS, max_new_tokens=limit, drafter=Oracle(answers, depth))) == expected
+    whole = plain[1].text
+    for start in range(0, len(whole) - 4, 3):
+        stop = whole[start : start + 4]
+        expected = texts(generate(writer, PROMPTS, max_new_tokens=30, stop=stop))
+        assert expected[1][2] == "stop"
+        assert (
+            texts(generate(writer, PROMPTS, max_new_tokens=30, stop=stop, drafter=Oracle(answers, depth))) == expected
+        )
+    end = plain[1].token_ids[6]
+    writer.lm.generation_config.eos_token_id = [tiny.EOS, end]
+    expected = texts(generate(writer, PROMPTS, max_new_tokens=30))
+    assert expected[1][2] == "eos"
+    assert texts(generate(writer, PROMPTS, max_new_tokens=30, drafter=Oracle(answers, depth))) == expected
+
+
+def test_streaming_with_a_drafter_gives_the_text_in_pieces() -> None:
+    writer = tiny.language_model("gpt2")
+    whole = generate(writer, PROMPTS[-1], max_new_tokens=20)[0].text
+    assert "".join(stream(writer, PROMPTS[-1], max_new_tokens=20, drafter="prompt-lookup")) == whole
+
+
+def test_rows_join_leave_and_are_cancelled_at_any_step() -> None:
+    """Requests that come while others are written, and one that is cancelled, change nothing for the rest."""
+    writer, other = tiny.language_model("llama"), tiny.language_model("llama", seed=3)
+    plain = {o.prompt: o.token_ids for o in generate(writer, PROMPTS, max_new_tokens=14)}
+    for name in ("draft-model", "draft-model, tree", "token-recycling", "adversary"):
+        engine = Engine(writer, drafters(writer, other)[name], max_rows=3)
+        requests = engine.requests(PROMPTS, max_new_tokens=14)
+        victim = requests[1]
+        for request in requests:
+            engine.submit([request])
+            engine.step()
+            if len(victim.tokens) > 3:
+                engine.cancel(victim)
+        while not engine.idle:
+            engine.step()
+        assert victim.finish_reason == "cancelled" and len(victim.tokens) < 14
+        for request in requests:
+            assert request.tokens == plain[request.prompt][: len(request.tokens)]
+            assert request is victim or request.tokens == plain[request.prompt]
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_not_a_number_fails_one_request_only(family: str) -> None:
+    writer = tiny.language_model(family)
+    plain = generate(writer, PROMPTS, max_new_tokens=9)
+    engine = Engine(writer, Adversary(), max_rows=16)
+    forward, calls = engine.target.forward, 0
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        logits = forward(*args, **kwargs)
+        if calls == 3 + (family == "t5"):  # an encoder-decoder's prompt pass ends in one of these
+            logits[2, 0] = torch.nan
+        return logits
+
+    engine.target.forward = poisoned  # type: ignore[method-assign]
+    requests = engine.requests(PROMPTS, max_new_tokens=9)
+    engine.submit(requests)
+    ended = []
+    while not engine.idle:
+        ended += engine.step().ended
+    assert len(ended) == len(requests)
+    failed = [r for r in requests if r.finish_reason == "error"]
+    assert len(failed) == 1 and "decode step 3" in failed[0].error and "not a number" in failed[0].error
+    for request, output in zip(requests, plain, strict=True):
+        assert request in failed or request.tokens == output.token_ids
+
+
+def test_drafts_deeper_than_the_room_left_are_refused() -> None:
+    class Deep(Drafter):
+        name = "deep"
+
+        def propose(self, requests: Sequence[Request]) -> list[Draft]:
+            return [Draft.chain([5] * 9) for _ in requests]
+
+    with pytest.raises(DraftError, match="deep proposed 9 tokens in a row where 3 are left"):
+        generate(tiny.language_model("t5"), "The cat.", max_new_tokens=5, drafter=Deep())
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("prompt-lookop", "did you mean 'prompt-lookup'"),
+        ("prompt-lookup:max_ngrams=3", "did you mean 'max_ngram'"),
+        ("prompt-lookup:num_draft_tokens=0", "num_draft_tokens=0 is not possible"),
+        ("token-recycling:num_draft_tokens=-1", "num_draft_tokens=-1 is not possible"),
+        ("token-recycling:shared=maybe", "'maybe' is not a bool"),
+        ("prompt-lookup:num_draft_tokens=many", "'many' is not a int"),
+        ("draft-model", "draft-model:model=FOLDER_OR_HUB_ID"),
+    ],
+)
+def test_impossible_methods_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(UnknownOption, match=message):
+        generate(tiny.language_model("t5"), "The cat.", drafter=spec)
+
+
+def test_every_method_of_the_table_loads() -> None:
+    for name in METHODS:
+        assert make(name).name == name
+
+
+def test_state_does_not_leak_between_requests() -> None:
+    """What an earlier request taught is used only where asked for."""
+    writer = tiny.language_model("llama")
+    steps = {}
+    for spec in ("token-recycling", "token-recycling:shared=true"):
+        drafter = make(spec)
+        engine = Engine(writer, drafter)
+        runs = []
+        for _ in range(2):
+            engine.submit(engine.requests([PROMPTS[1]], max_new_tokens=24))
+            request = engine.waiting[0]
+            while not engine.idle:
+                engine.step()
+            runs.append([(s.drafted, s.accepted) for s in request.steps])
+        steps[spec] = runs
+    assert steps["token-recycling"][0] == steps["token-recycling"][1]
+    first, second = steps["token-recycling:shared=true"]
+    assert len(second) < len(first)
+
+
+def test_another_tokenizer_drafts_through_text() -> None:
+    import handoffs
+
+    writer = tiny.language_model("llama")
+    stranger = tiny.language_model("gpt2", vocab_size=handoffs.OTHER_VOCAB)
+    stranger.tokenizer = handoffs.other_tokenizer()
+
+    class Stranger(DraftModel):
+        def load(self, engine: Any) -> Writer:
+            return stranger
+
+    plain = texts(generate(writer, PROMPTS, max_new_tokens=15))
+    assert texts(generate(writer, PROMPTS, max_new_tokens=15, drafter=Stranger(), batch_size=3)) == plain
+    for refused in (Stranger(realign=False), Stranger(sample=True)):
+        with pytest.raises(VocabMismatch, match="for the target and"):
+            generate(writer, "The cat.", drafter=refused)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_trees(data: st.DataObject) -> None:
+    """Masks are paths, depths count them, and pruning, merging and cutting keep whole paths."""
+    parents = [data.draw(st.integers(-1, node - 1)) for node in range(data.draw(st.integers(0, 12)))]
+    tree = Tree(parents)
+    for node in range(len(tree)):
+        path = tree.path(node)
+        assert tree.depths[node] == len(path)
+        assert tree.mask[node + 1].nonzero()[:, 0].tolist() == [0, *(n + 1 for n in path)]
+    tokens = data.draw(st.lists(st.integers(0, 5), min_size=len(tree), max_size=len(tree)))
+    scores = data.draw(st.lists(st.floats(-5, 0), min_size=len(tree), max_size=len(tree)))
+    draft = Draft(tokens=tokens, tree=tree, source="a", scores=scores)
+    budget, depth = data.draw(st.integers(0, 13)), data.draw(st.integers(0, 13))
+    assert len(draft.prune(budget)) == min(budget, len(draft))
+    for cut in (draft.prune(budget), draft.within(depth), draft.merge(draft)):
+        assert words(cut) <= words(draft)
+    assert words(draft.merge(Draft.chain([7, 8], "b"))) == words(draft) | {(7,), (7, 8)}
+    assert words(draft.merge(draft)) == words(draft)
+    assert max((len(w) for w in words(draft.within(depth))), default=0) <= depth
+
+
+def words(draft: Draft) -> set[tuple[int, ...]]:
+    return {tuple(draft.tokens[n] for n in draft.tree.path(node)) for node in range(len(draft))}
+
+
+def test_impossible_trees_are_refused() -> None:
+    q = torch.full((9,), 1 / 9)
+    with pytest.raises(DraftError, match="node 1 has parent 1"):
+        Tree([-1, 1])
+    with pytest.raises(DraftError, match="2 nodes has 1 tokens"):
+        Draft(tokens=[1], tree=chain(2))
+    with pytest.raises(DraftError, match="are different"):
+        Draft(tokens=[3, 3], tree=Tree([-1, -1]), drawn={-1: q})
+    drawn = Draft(tokens=[3, 4], tree=Tree([-1, -1]), drawn={-1: q})
+    with pytest.raises(DraftError, match="cannot be pruned"):
+        drawn.prune(1)
+    with pytest.raises(DraftError, match="cannot be merged"):
+        drawn.merge(NOTHING)
+
+
+def test_no_rule_of_that_name() -> None:
+    with pytest.raises(BatonError, match="did you mean 'typical'"):
+        generate(tiny.language_model("t5"), "The cat.", rule="typicall")  # type: ignore[arg-type]

@@ -8,20 +8,16 @@ A finished stage is skipped; an interrupted training continues from its last che
 Data: Tatoeba English-German (CC BY 2.0), the zip from manythings.org/anki.
 """
 
-import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
+from stages import main
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -54,15 +50,14 @@ STAGES = {
     "llm-start": True,
     "llm": True,  # trained on from there at a rate that rises again
     "labels": False,
-    "slm-start": True,  # the SLM trained alone, from which both of the next start
-    "slm": True,  # ... trained on, alone
-    "handoff": True,  # ... trained on, with what the LLM has read
+    "slm-start": True,  # the SLM trained alone on human translations, from which both of the next start
+    "slm": True,  # ... trained on, alone, on the LLM's translations
+    "handoff": True,  # ... trained on, on the LLM's translations, with what the LLM has read
     "gpt-start": True,  # the same with a decoder-only SLM that has its own tokenizer
     "gpt-handoff": True,
     "publish": False,  # into models/, with cards; measured results into benchmarks/results/
 }
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = Path.home() / ".cache" / "baton" / "en-de"  # outside of the clone: a run outlives it
 VOCAB, GPT_VOCAB = 3072, 1536
 LLM_START = TrainOptions(
     max_steps=1250,
@@ -75,13 +70,13 @@ LLM_START = TrainOptions(
     patience=0,
     max_quality_examples=0,
 )
-LLM = replace(LLM_START, max_steps=1200, seed=1)  # another order of the same pairs
+LLM = replace(LLM_START, max_steps=950, seed=1)  # another order of the same pairs
 # Both halves of a comparison use the same options: same labels, same steps, same schedule.
-START = replace(LLM_START, max_steps=700)
-CONTINUE = replace(START, max_steps=1200, learning_rate=3e-3, embedding_lr=1e-2)
+START = replace(LLM_START, max_steps=600)
+CONTINUE = replace(START, max_steps=900, learning_rate=3e-3, embedding_lr=1e-2)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
-GPT_START = replace(START, max_steps=300, embedding_lr=3e-3)
-GPT_CONTINUE = replace(CONTINUE, max_steps=500, embedding_lr=3e-3)
+GPT_START = replace(START, max_steps=250, embedding_lr=3e-3)
+GPT_CONTINUE = replace(CONTINUE, max_steps=400, embedding_lr=3e-3)
 
 
 def t5(*, d_model: int, d_kv: int, num_heads: int, d_ff: int, encoder: int, decoder: int) -> PreTrainedModel:
@@ -166,7 +161,7 @@ class Recipe:
 
     def slm_start(self) -> bool:
         model = t5(d_model=192, d_kv=32, num_heads=6, d_ff=384, encoder=1, decoder=1)
-        return self._alone(model, "t5", self._labelled(), START, "slm-start")
+        return self._alone(model, "t5", self.train, START, "slm-start")
 
     def slm(self) -> bool:
         model = T5ForConditionalGeneration.from_pretrained(self.out / "slm-start", dtype=torch.float32)
@@ -176,7 +171,7 @@ class Recipe:
         return self._handoff("slm-start", CONTINUE, "handoff")
 
     def gpt_start(self) -> bool:
-        return self._alone(gpt(), "gpt", self._labelled(), GPT_START, "gpt-start")
+        return self._alone(gpt(), "gpt", self.train, GPT_START, "gpt-start")
 
     def gpt_handoff(self) -> bool:
         return self._handoff("gpt-start", GPT_CONTINUE, "gpt-handoff")
@@ -272,8 +267,9 @@ def write_cards(folders: dict[str, Path], reports: dict[str, dict[str, Any]]) ->
 
     shapes = {
         "llm": "The large model: T5 shape, 6 encoder and 8 decoder layers, width 256, trained on human translations.",
-        "slm": "The small model alone: T5 shape, one encoder and one decoder layer, width 192. Trained on the same "
-        "labels (the large model's greedy translations) for the same steps as `en-de-handoff`, whose baseline it is.",
+        "slm": "The small model alone: T5 shape, one encoder and one decoder layer, width 192. Trained on "
+        "human translations, then on the same labels (the large model's greedy translations) for the same steps as "
+        "`en-de-handoff`, whose baseline it is.",
     }
     for name, text in shapes.items():
         write(
@@ -299,37 +295,11 @@ def write_cards(folders: dict[str, Path], reports: dict[str, dict[str, Any]]) ->
     readme.write_text(f"{before}{START_MARK}\n{shown}\n{END_MARK}{after}", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"any of {', '.join(STAGES)}; none means all")
-    parser.add_argument("--data", type=Path, required=True, help="deu-eng.zip")
-    parser.add_argument("--out", type=Path, default=CACHE, help=f"where runs are kept; {CACHE}")
-    parser.add_argument("--processes", type=int, default=1, help="training processes")
-    args = parser.parse_args()
-    if unknown := set(args.stages) - set(STAGES):
-        parser.error(f"unknown stage {', '.join(sorted(unknown))}: choose from {', '.join(STAGES)}")
-    worker = "LOCAL_RANK" in os.environ
-    console = Console(quiet=worker and os.environ["RANK"] != "0")
-    recipe: Recipe | None = None
-    for stage in args.stages or STAGES:
-        done = args.out / stage / "done"
-        if done.exists():
-            console.print(f"[green]{stage}: done")
-            continue
-        done.parent.mkdir(parents=True, exist_ok=True)
-        if args.processes > 1 and STAGES[stage] and not worker:
-            launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
-            own = [__file__, stage, "--data", str(args.data), "--out", str(args.out)]
-            if subprocess.run([*launch, *own]).returncode:
-                sys.exit(f"{stage} stopped; run the same command again to continue")
-            continue
-        console.print(f"[bold]{stage}")
-        recipe = recipe or Recipe(args.data, args.out)
-        if getattr(recipe, stage.replace("-", "_"))() is False:
-            sys.exit(f"{stage} was interrupted; run the same command again to continue")
-        if not worker or os.environ["RANK"] == "0":
-            done.touch()
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        __file__,
+        str(__doc__),
+        STAGES,
+        lambda args: Recipe(args.data, args.out),
+        lambda parser: parser.add_argument("--data", type=Path, required=True, help="deu-eng.zip"),
+    )

@@ -1,21 +1,28 @@
 """The laws every drafter keeps, on every family: drafting may change speed, never text."""
 
+import asyncio
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import handoffs
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import baton
 from baton.draft import NOTHING, Draft, Tree, chain
 from baton.drafters import METHODS, make
 from baton.drafters.draft_model import DraftModel
 from baton.engine import Engine, generate, stream
 from baton.engine.drafter import Drafter
 from baton.engine.request import Request
-from baton.errors import BatonError, DraftError, UnknownOption, VocabMismatch
+from baton.errors import BatonError, DraftError, ModelMismatch, UnknownOption, VocabMismatch
+from baton.handoff.read import PromptEncoder
+from baton.models.loading import load
 from baton.models.writer import Writer
 from baton.types import Output, Sampling
 
@@ -289,11 +296,9 @@ def test_state_does_not_leak_between_requests() -> None:
 
 
 def test_another_tokenizer_drafts_through_text() -> None:
-    import handoffs
-
     writer = tiny.language_model("llama")
     stranger = tiny.language_model("gpt2", vocab_size=handoffs.OTHER_VOCAB)
-    stranger.tokenizer = handoffs.other_tokenizer()
+    stranger = dataclasses.replace(stranger, tokenizer=handoffs.other_tokenizer())
 
     class Stranger(DraftModel):
         def load(self, engine: Any) -> Writer:
@@ -350,3 +355,86 @@ def test_impossible_trees_are_refused() -> None:
 def test_no_rule_of_that_name() -> None:
     with pytest.raises(BatonError, match="did you mean 'typical'"):
         generate(tiny.language_model("t5"), "The cat.", rule="typicall")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spec", [None, "token-recycling:num_draft_tokens=12", "prompt-lookup"])
+def test_inside_transformers_generate(family: str, spec: str | None) -> None:
+    """`custom_generate` gives the sequences of plain `generate`: padded batches, penalties, another end token."""
+    writer = tiny.language_model(family)
+    tokenizer, model = writer.tokenizer, writer.model
+    tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"
+    inputs = dict(tokenizer(PROMPTS[:4], return_tensors="pt", padding=True))
+    inputs.pop("token_type_ids", None)
+    some = model.generate(**inputs, max_new_tokens=15, do_sample=False)[0, -5].item()
+    for options in ({}, {"repetition_penalty": 1.4}, {"eos_token_id": [some]}):
+        wanted = model.generate(**inputs, max_new_tokens=15, do_sample=False, **options)
+        found = model.generate(
+            **inputs, max_new_tokens=15, do_sample=False, custom_generate=baton.custom_generate(spec), **options
+        )
+        assert torch.equal(found, wanted), options
+    torch.manual_seed(3)
+    drawn = model.generate(**inputs, max_new_tokens=9, do_sample=True, custom_generate=baton.custom_generate(spec))
+    torch.manual_seed(3)
+    plain = model.generate(**inputs, max_new_tokens=9, do_sample=True, custom_generate=baton.custom_generate())
+    assert torch.equal(drawn, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"no_repeat_ngram_size": 2}, "NoRepeatNGram"), ({"num_beams": 2}, "beams"), ({"output_scores": True}, "scores")],
+)
+def test_what_custom_generate_cannot_apply_is_refused(options: dict[str, Any], message: str) -> None:
+    writer = tiny.language_model("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(BatonError, match=message):
+        writer.model.generate(ids, max_new_tokens=4, custom_generate=baton.custom_generate(), **options)
+
+
+def test_asynchronous_requests_share_the_loop() -> None:
+    """Together, streamed, and one that is given up: the same texts as one after the other."""
+    writer = tiny.language_model("llama")
+    plain = {o.prompt: o.text for o in generate(writer, PROMPTS, max_new_tokens=12)}
+
+    async def main() -> None:
+        engine = baton.AsyncEngine(Engine(writer, "prompt-lookup", max_rows=2))
+
+        async def read(prompt: str) -> str:
+            return "".join([piece async for piece in engine.stream(prompt, max_new_tokens=12)])
+
+        async def give_up() -> None:
+            async for _ in engine.stream(PROMPTS[1], max_new_tokens=40):
+                return
+
+        texts = await asyncio.gather(*(read(prompt) for prompt in PROMPTS), give_up())
+        assert texts[:-1] == [plain[prompt] for prompt in PROMPTS]
+        outputs = await asyncio.gather(*(engine.generate(prompt, max_new_tokens=12) for prompt in PROMPTS))
+        assert [output.text for output in outputs] == [plain[prompt] for prompt in PROMPTS]
+        with pytest.raises(BatonError, match="empty"):
+            await engine.generate("")
+        assert engine.engine.idle
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("case", [handoffs.CASES[0], handoffs.CASES[2]], ids=str)
+def test_a_handoff_is_drafted_for_and_drafts_for_its_llm(
+    case: handoffs.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lossless both ways. As a drafter it starts from the states that its LLM has just made: nothing is read twice."""
+    model = handoffs.handoff(case)
+    model.save_pretrained(tmp_path)
+    plain = texts(generate(model, handoffs.PROMPTS, max_new_tokens=14))
+    for spec in ("prompt-lookup", "token-recycling:num_draft_tokens=12"):
+        assert texts(generate(model, handoffs.PROMPTS, max_new_tokens=14, drafter=spec, batch_size=3)) == plain
+
+    def no(*_: Any) -> None:
+        raise AssertionError("the LLM read a second time")
+
+    monkeypatch.setattr(PromptEncoder, "__call__", no)
+    llm = load(handoffs.folder(case.llm), dtype=torch.float32)
+    expected = texts(generate(llm, handoffs.PROMPTS, max_new_tokens=14))
+    spec = f"handoff:model={tmp_path}"
+    assert texts(generate(llm, handoffs.PROMPTS, max_new_tokens=14, drafter=spec, batch_size=3)) == expected
+    with pytest.raises(ModelMismatch, match="was trained with the LLM"):
+        generate(tiny.language_model("t5", seed=77), "The cat.", drafter=spec)

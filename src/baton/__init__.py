@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from baton.engine import AsyncEngine as AsyncEngine
     from baton.engine import Engine as Engine
+    from baton.engine import custom_generate as custom_generate
     from baton.engine import generate as generate
     from baton.engine import stream as stream
     from baton.errors import BatonError as BatonError
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 
 # Loaded when first used: `import baton` and `baton --help` stay fast.
 _WHERE = {
+    "AsyncEngine": "baton.engine",
     "BatonError": "baton.errors",
     "Engine": "baton.engine",
     "HandoffConfig": "baton.handoff.config",
@@ -32,11 +35,13 @@ _WHERE = {
     "Pair": "baton.types",
     "Sampling": "baton.types",
     "TrainOptions": "baton.train.options",
+    "custom_generate": "baton.engine",
     "generate": "baton.engine",
     "load": "baton.models.loading",
     "stream": "baton.engine",
 }
 __all__ = [
+    "AsyncEngine",
     "BatonError",
     "Engine",
     "HandoffConfig",
@@ -47,6 +52,7 @@ __all__ = [
     "Pair",
     "Sampling",
     "TrainOptions",
+    "custom_generate",
     "generate",
     "load",
     "stream",

@@ -16,7 +16,7 @@ from baton.cache import Memory
 from baton.draft import NOTHING, ROOT, Draft, Tree
 from baton.engine.drafter import Drafter, Joined, at_least
 from baton.engine.request import Request
-from baton.errors import UnknownOption, VocabMismatch
+from baton.errors import UnknownOption, UnsupportedModel, VocabMismatch
 from baton.models.adapter import target_for
 from baton.models.loading import load
 from baton.models.prompts import pad_right, prompt_limit, same_tokenizer
@@ -71,10 +71,17 @@ class DraftModel(Drafter):
 
     def read(self, joined: Joined) -> PromptInputs:
         """What the small model reads of the prompts: the newest part, where they are too long for it."""
-        tokenizer, limit = self.writer.prompt_tokenizer, prompt_limit(self.target.model.config)
-        rows = [tokenizer(request.prompt)["input_ids"][-(limit // 2 if limit else 0) :] for request in joined.requests]
+        limit = prompt_limit(self.target.model.config)
+        rows = [self._prompt(request)[-(limit // 2 if limit else 0) :] for request in joined.requests]
         ids, mask = pad_right(rows, device=self.target.device)
         return self.writer.encode(ids, mask, Timings())
+
+    def _prompt(self, request: Request) -> list[int]:
+        if self.same and request.context:
+            return request.context
+        if not request.prompt:
+            raise UnsupportedModel(f"{self.name} needs to know the prompt, and here the target was given states only")
+        return list(self.writer.prompt_tokenizer(request.prompt)["input_ids"])
 
     def select(self, rows: Sequence[int]) -> None:
         if rows:

@@ -13,7 +13,7 @@ from baton.drafters.draft_model import DraftModel
 from baton.engine.drafter import Joined
 from baton.errors import ModelMismatch, UnknownOption
 from baton.handoff.model import HandoffModel
-from baton.handoff.read import PromptEncoder, check_same
+from baton.handoff.read import PromptEncoder, check_weights, encoder_fingerprints
 from baton.models.loading import kind_of
 from baton.models.prompts import pad_right
 from baton.models.writer import PromptInputs, Writer
@@ -36,8 +36,8 @@ class HandoffDrafter(DraftModel):
         expected = self.handoff.config.llm
         if kind_of(lm.config) != "encoder-decoder" or expected["kind"] != "encoder-decoder":
             raise ModelMismatch("a hand-off drafts for an encoder-decoder LLM, whose encoder's states it shares")
+        check_weights(expected, encoder_fingerprints(lm), str(lm.name_or_path))
         reader = PromptEncoder(lm.get_encoder(), kind="encoder-decoder", layer="last", depth=1, cut=False)
-        check_same(expected, reader, str(lm.name_or_path))
         self.handoff._encoder = reader  # embeds the prompt's tokens where the tokenizers differ
         return self.handoff
 

@@ -16,6 +16,8 @@ METHODS = {
     "handoff": "baton.drafters.handoff:HandoffDrafter",
     "token-recycling": "baton.drafters.token_recycling:TokenRecycling",
 }
+# Those that need nothing but the target.
+WITHOUT_MODEL = ["prompt-lookup", "token-recycling"]
 
 
 def method(name: str) -> "type[Drafter]":

@@ -58,6 +58,7 @@ class Engine:
         max_rows: most requests written at once; others wait.
         patience: rows that must be free before waiting requests are read, unless none is being written: reading
             several prompts in one pass is cheaper, reading at once answers earlier.
+        rules: what is demanded of single tokens; None reads it from the checkpoint.
     Raises:
         UnsupportedModel: the engine does not run this model.
     """
@@ -70,6 +71,7 @@ class Engine:
         rule: Rule = "auto",
         max_rows: int = 32,
         patience: int = 1,
+        rules: Rules | None = None,
     ) -> None:
         if max_rows < 1:
             raise BatonError(f"max_rows={max_rows}: it must be 1 or more")
@@ -77,7 +79,7 @@ class Engine:
         if self.writer.lm.training:
             raise BatonError("the model is in training mode, where dropout spoils what it writes: call its eval()")
         self.target: Target = target_for(self.writer.lm)
-        self.rules = Rules.of(self.writer)
+        self.rules = rules or Rules.of(self.writer)
         self.chooser = Chooser(self.rules, rule)
         if isinstance(drafter, str):
             from baton.drafters import make  # methods know the engine; it knows them by this one name only

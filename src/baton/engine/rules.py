@@ -33,14 +33,13 @@ class Rules:
     banned_first: tuple[int, ...] = ()  # not as the first token that is not forced
 
     @classmethod
-    def of(cls, writer: Writer) -> "Rules":
-        """Read from model and tokenizer. Settings that are not applied are logged."""
-        settings: Any = writer.lm.generation_config
-        ends = frozenset(
-            token
-            for source in (settings, writer.lm.config, writer.response_tokenizer)
-            for token in _ids(getattr(source, "eos_token_id", None))
-        )
+    def of(cls, writer: Writer, settings: Any = None) -> "Rules":
+        """Read from model and tokenizer, or from a generation_config alone. What is not applied is logged."""
+        sources = [settings]
+        if settings is None:
+            settings = writer.lm.generation_config
+            sources = [settings, writer.lm.config, writer.response_tokenizer]
+        ends = frozenset(token for source in sources for token in _ids(getattr(source, "eos_token_id", None)))
         bad_words = [tuple(words) for words in getattr(settings, "bad_words_ids", None) or []]
         banned = [words[0] for words in bad_words if len(words) == 1 and words[0] not in ends]
         ignored = [

@@ -3,16 +3,13 @@
 Speed is taken at batch 1, all modes interleaved prompt by prompt in one run, and reported as the median of repeats.
 """
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +17,7 @@ from baton.data.formats import read_pairs
 from baton.engine import generate
 from baton.errors import DataError, UnknownOption, nearest
 from baton.handoff.model import HandoffModel, local_folder
+from baton.machine import machine, versions
 from baton.models.loading import load
 from baton.models.prompts import pad_right, tokenize_prompts
 from baton.models.writer import PromptInputs, Writer
@@ -141,7 +139,7 @@ def evaluate(
     writers |= _variants(model, [p.prompt for p in pairs], [m for m in modes if m not in ("llm", "slm")], truncate)
     report = EvalReport(
         machine=machine(),
-        versions={name: version(name) for name in ("torch", "transformers", "sacrebleu", "baton-decoding")},
+        versions=versions("torch", "transformers", "sacrebleu", "baton-decoding"),
         settings={
             "model": Path(folder).name,
             "prompts": len(pairs),
@@ -364,26 +362,6 @@ def _predict(report: EvalReport, passes: list[dict[str, _Clock]], encoder_s: lis
             measured[mode].append(1e3 * mean(t.total_s for t in clocks[mode].times[1::2]))
     report.predicted_total = {mode: statistics.median(v) for mode, v in predicted.items()}
     report.measured_total = {mode: statistics.median(v) for mode, v in measured.items()}
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": name,
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "load": round(psutil.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
 
 
 def _bytes(module: nn.Module) -> int:

@@ -196,9 +196,11 @@ class EncoderDecoder(Target):
 
     def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
         """Encoder states [b, m, d] and bool [b, 1, 1, m], True where they may be attended to."""
-        states = self.encoder(
-            input_ids=inputs.ids, inputs_embeds=inputs.embeds, attention_mask=inputs.mask
-        ).last_hidden_state
+        states = inputs.states
+        if states is None:
+            states = self.encoder(
+                input_ids=inputs.ids, inputs_embeds=inputs.embeds, attention_mask=inputs.mask
+            ).last_hidden_state
         return states, inputs.mask.bool()[:, None, None, :]
 
     @torch.inference_mode()

@@ -11,15 +11,16 @@ from baton.types import Timings
 
 @dataclass(frozen=True, kw_only=True)
 class PromptInputs:
-    """What prefill consumes: prompts as token ids or as input embeddings of the writing model, right-padded."""
+    """What prefill consumes: prompts as token ids or input embeddings of the writing model, or read already."""
 
     mask: Tensor  # int64 [b, m], 1 on a non-empty prefix of each row
     ids: Tensor | None = None  # int64 [b, m], or
-    embeds: Tensor | None = None  # [b, m, d], in the dtype of the writing model
+    embeds: Tensor | None = None  # [b, m, d], in the dtype of the writing model, or
+    states: Tensor | None = None  # [b, m, d], what the encoder of an encoder-decoder has made of them
 
     def __post_init__(self) -> None:
-        if (self.ids is None) == (self.embeds is None):
-            raise ValueError("PromptInputs takes either ids or embeds")
+        if sum(given is not None for given in (self.ids, self.embeds, self.states)) != 1:
+            raise ValueError("PromptInputs takes one of ids, embeds and states")
 
 
 @runtime_checkable

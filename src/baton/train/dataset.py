@@ -38,9 +38,8 @@ class PairDataset(Dataset):
         room: Callable[[int], int] | None = None,
         states: Any = None,
     ) -> None:
-        self.pairs = list(pairs)
-        self.prompts = tokenize_prompts(prompt_tokenizer, [p.prompt for p in self.pairs], limits, truncate=truncate)
-        responses = response_tokenizer([p.response for p in self.pairs])["input_ids"] if self.pairs else []
+        self.prompts = tokenize_prompts(prompt_tokenizer, [p.prompt for p in pairs], limits, truncate=truncate)
+        responses = response_tokenizer([p.response for p in pairs])["input_ids"] if pairs else []
         end = response_tokenizer.eos_token_id
         self.responses = [ids if ids and ids[-1] == end else [*ids, end] for ids in responses]
         self.states = states
@@ -54,7 +53,7 @@ class PairDataset(Dataset):
             self.responses[index] = response[:most]
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.prompts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = {"prompt": self.prompts[index], "response": self.responses[index]}
@@ -66,6 +65,25 @@ class PairDataset(Dataset):
     def lengths(self) -> list[tuple[int, int]]:
         """Sort keys for bucketing: response tokens, then prompt tokens."""
         return [(len(r), len(p)) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+
+class BlockDataset(PairDataset):
+    """Plain text for a decoder-only model, cut into blocks: the first token is the prompt, the others the response.
+
+    Args:
+        texts: documents; joined, with `separator` after each.
+        length: tokens of a block; what is left over at the end is dropped.
+        separator: token id between documents.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Any, *, length: int, separator: int) -> None:
+        joined: list[int] = []
+        for ids in tokenizer(list(texts))["input_ids"]:
+            joined += [*ids, separator]
+        blocks = [joined[start : start + length] for start in range(0, len(joined) - length + 1, length)]
+        self.prompts = [block[:1] for block in blocks]
+        self.responses = [block[1:] for block in blocks]
+        self.states = None
 
 
 class Collator:

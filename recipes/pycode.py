@@ -1,0 +1,160 @@
+"""Train the causal reference pair: `pycode-target` and its drafter `pycode-draft`, on the Python standard library.
+
+    python recipes/pycode.py                 every stage, in order; run again to continue
+    python recipes/pycode.py --processes 2   two training processes (torchrun)
+    python recipes/pycode.py target          one stage
+
+A finished stage is skipped; an interrupted training continues from its last checkpoint.
+Data: the source of the standard library of the Python that runs this (PSF licence), split by file.
+"""
+
+import hashlib
+import json
+import random
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from stages import main
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from baton.models.text import TextToText
+from baton.train.dataset import BlockDataset
+from baton.train.options import TrainOptions
+from baton.train.trainer import make_trainer, run
+
+# stage: whether torchrun may run it
+STAGES = {"tokenizer": False, "target": True, "draft": True, "publish": False}
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB, BLOCK = 4096, 256  # tokens
+PROMPT, PROMPTS = 96, 300  # tokens of a held-out prompt, and how many are shipped
+LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+TARGET = TrainOptions(
+    max_steps=2400,
+    batch_size=64,
+    learning_rate=4e-3,
+    embedding_lr=4e-3,
+    warmup=0.03,
+    label_smoothing=0.0,
+    eval_every=200,
+    save_every=200,
+    patience=0,
+    max_quality_examples=0,
+)
+DRAFT = replace(TARGET, max_steps=3000)
+
+
+def llama(*, width: int, layers: int, heads: int, kv_heads: int, inner: int) -> PreTrainedModel:
+    """A new Llama-shaped model, initialised from seed 0; its head is its embedding table."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=inner,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+
+
+class Recipe:
+    """One method per stage; each fills one folder under `out`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        library = Path(sysconfig.get_paths()["stdlib"])
+        files = [f for f in sorted(library.rglob("*.py")) if not LEFT_OUT & set(f.relative_to(library).parts)]
+        self.train: list[str] = []
+        self.held_out: list[str] = []
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            # By name, not by place in the list: the split is the same for every release of Python.
+            number = hashlib.sha256(file.relative_to(library).as_posix().encode()).digest()[0]
+            (self.held_out if number < 13 else self.train).append(text)  # one file in twenty
+
+    def tokenizer(self) -> None:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCAB,
+            special_tokens=["<pad>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(self.train, trainer)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            eos_token="</s>",
+            model_max_length=2048,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(self.out / "tokenizer")
+
+    def target(self) -> bool:
+        return self._train(llama(width=192, layers=14, heads=6, kv_heads=2, inner=512), TARGET, "target")
+
+    def draft(self) -> bool:
+        return self._train(llama(width=96, layers=2, heads=3, kv_heads=1, inner=256), DRAFT, "draft")
+
+    def publish(self) -> None:
+        """Copy both models and held-out prompts to their place."""
+        tokenizer = self._tokenizer()
+        for name in ("target", "draft"):
+            folder = ROOT / "models" / f"pycode-{name}"
+            model = LlamaForCausalLM.from_pretrained(self.out / name, dtype=torch.bfloat16)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            state = json.loads(_last_state(self.out / name / "run").read_text(encoding="utf-8"))
+            losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+            (folder / "README.md").write_text(
+                f"---\nlicense: psf-2.0\npipeline_tag: text-generation\n---\n\n# pycode-{name}\n\n"
+                f"Llama shape, {model.num_parameters():,} parameters, trained from scratch on the source of the Python "
+                f"standard library, split by file. Held-out loss {losses[-1]:.3f} nats per token after "
+                f"{state['global_step']:,} steps.\n\n- Made by: `python recipes/pycode.py`\n",
+                encoding="utf-8",
+            )
+        chance = random.Random(0)
+        rows = []
+        for text in self.held_out:
+            ids = tokenizer(text)["input_ids"]
+            for start in range(0, len(ids) - PROMPT, 2 * PROMPT):
+                rows.append(tokenizer.decode(ids[start : start + PROMPT]))
+        chosen = chance.sample(rows, min(PROMPTS, len(rows)))
+        lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in chosen]
+        (ROOT / "models" / "pycode-target" / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.out / "tokenizer")
+
+    def _train(self, model: PreTrainedModel, options: TrainOptions, stage: str) -> bool:
+        tokenizer = self._tokenizer()
+        datasets = [BlockDataset(texts, tokenizer, length=BLOCK, separator=1) for texts in (self.train, self.held_out)]
+        trainer = make_trainer(
+            TextToText(model), *datasets, out=self.out / stage / "run", options=options, prompt_pad_id=0
+        )
+        finished = run(trainer)
+        if finished and trainer.is_world_process_zero():
+            model.to(torch.bfloat16).save_pretrained(self.out / stage)
+        return finished
+
+
+def _last_state(folder: Path) -> Path:
+    return max(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+
+
+if __name__ == "__main__":
+    main(__file__, str(__doc__), STAGES, lambda args: Recipe(args.out))

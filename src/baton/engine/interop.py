@@ -1,0 +1,182 @@
+"""Drafting inside transformers' own `generate`: `model.generate(**inputs, custom_generate=custom_generate(...))`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation import (
+    EosTokenCriteria,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from baton.engine.drafter import Drafter
+from baton.engine.loop import Engine
+from baton.engine.request import Request
+from baton.engine.rules import Rules
+from baton.engine.text import TextStream
+from baton.errors import UnsupportedModel
+from baton.models.text import pack
+from baton.models.writer import PromptInputs
+from baton.types import Rule, Sampling, Timings
+
+# What `generate` builds from settings that `Sampling` or `Rules` have too. Anything else would change the text unseen.
+APPLIED = (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+def custom_generate(drafter: Drafter | str | None = None, *, rule: Rule = "auto") -> Callable[..., Any]:
+    """A decoding method for `generate` of any causal or encoder-decoder model that the engine runs.
+
+    `model.generate(**inputs, custom_generate=baton.custom_generate("token-recycling"))` gives the tokens of plain
+    `generate`, faster. Batches, left padding, `max_new_tokens`, end tokens, streamers and the sampling settings
+    temperature, top-k, top-p, min-p and repetition penalty are honoured; with `do_sample` the seed is drawn from
+    PyTorch's global generator. Other logits processors and stopping criteria are refused.
+
+    Args:
+        drafter, rule: as in `baton.generate`.
+    """
+
+    def decode(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        _refuse_others(logits_processor, stopping_criteria, generation_config, model_kwargs)
+        rows = len(input_ids)
+        if streamer is not None and rows > 1:
+            raise UnsupportedModel("a streamer takes one prompt at a time")
+        writer = _Bare(model, input_ids, model_kwargs)
+        rules = Rules.of(writer, generation_config)
+        engine = Engine(writer, drafter, rule=rule, max_rows=rows, patience=rows, rules=rules)
+        limit = generation_config.max_length - input_ids.shape[1]
+        sampling = _sampling(generation_config)
+        requests = [
+            Request(
+                index=row,
+                key=row,
+                prompt="",
+                prompt_ids=ids,
+                context=[] if model.config.is_encoder_decoder else ids,
+                sampling=sampling,
+                limit=limit,
+                stream=TextStream(writer.response_tokenizer),
+                follow=False,
+            )
+            for row, ids in enumerate(writer.prompts)
+        ]
+        engine.submit(requests)
+        while not engine.idle:
+            for token in engine.step().tokens:
+                if streamer is not None:
+                    streamer.put(torch.tensor([token.id]))
+        if streamer is not None:
+            streamer.end()
+        for request in requests:
+            if request.finish_reason == "error":
+                raise UnsupportedModel(request.error)
+        longest = max(len(request.tokens) for request in requests)
+        pad = generation_config.pad_token_id or 0
+        new = torch.full((rows, longest), pad, dtype=input_ids.dtype, device=input_ids.device)
+        for row, request in enumerate(requests):
+            new[row, : len(request.tokens)] = torch.tensor(request.tokens, device=new.device)
+        sequences = torch.cat([input_ids, new], 1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        kind = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
+        return kind(sequences=sequences)
+
+    return decode
+
+
+class _Bare:
+    """A model without tokenizer, whose prompts transformers has prepared already."""
+
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+        self.lm = model
+        self.prompt_tokenizer = self.response_tokenizer = _NoText()
+        self.prompt_limits: dict[str, int] = {}
+        self.states: Tensor | None = None
+        if model.config.is_encoder_decoder:
+            if input_ids.shape[1] != 1:
+                raise UnsupportedModel("a response that has begun already (decoder_input_ids) is not supported")
+            states = kwargs["encoder_outputs"].last_hidden_state
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask.long()
+            self.states, self.mask = pack(states, mask, to_left=True)
+            self.prompts = [[0] * int(count) for count in self.mask.sum(1)]  # known as states only
+        else:
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones_like(input_ids) if mask is None else mask
+            self.prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+
+    def encode(self, ids: Tensor, mask: Tensor, timings: Timings) -> PromptInputs:
+        if self.states is None:
+            return PromptInputs(ids=ids, mask=mask)
+        return PromptInputs(states=self.states, mask=self.mask)
+
+
+class _NoText:
+    """Stands for a tokenizer where text is the caller's business."""
+
+    eos_token_id = None
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return ""
+
+
+def _sampling(config: Any) -> Sampling:
+    penalty = config.repetition_penalty or 1.0
+    if not config.do_sample:
+        return Sampling(repetition_penalty=penalty)
+    return Sampling(
+        temperature=config.temperature if config.temperature is not None else 1.0,
+        top_k=config.top_k or 0,
+        top_p=config.top_p if config.top_p is not None else 1.0,
+        min_p=config.min_p or 0.0,
+        repetition_penalty=penalty,
+        seed=int(torch.randint(2**31, ())),
+    )
+
+
+def _refuse_others(processors: Any, criteria: Any, config: Any, kwargs: dict[str, Any]) -> None:
+    unknown = [type(p).__name__ for p in processors or [] if not isinstance(p, APPLIED)]
+    unknown += [type(c).__name__ for c in criteria or [] if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+    unknown += [
+        name
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if getattr(config, name, None)
+    ]
+    unknown += ["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else []
+    if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
+        unknown.append("beams, or several sequences per prompt")
+    if unknown:
+        raise UnsupportedModel(
+            f"custom_generate does not apply {', '.join(unknown)}: drop them, or call generate without custom_generate"
+        )

@@ -44,7 +44,7 @@ from baton.train.tokenizers import train_bpe
 from baton.train.trainer import make_trainer, run
 from baton.types import Pair
 
-# stage: (what it makes, whether torchrun may run it)
+# stage: whether torchrun may run it
 STAGES = {
     "tokenizers": False,
     "llm-start": True,

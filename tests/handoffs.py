@@ -19,12 +19,24 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T
 from baton.handoff.config import HandoffOptions
 from baton.handoff.model import HandoffModel
 from baton.models.prompts import pad_right
+from baton.train.options import TrainOptions
 from baton.train.tokenizers import train_bpe
 from baton.types import Pair
 
 PROMPTS = [*tiny.PROMPTS[:4], "the large model has read"]  # 3 to 38 tokens; twice the longest still fits
 RESPONSES = ["Die Katze saß.", "Ein Hund und eine Katze lasen.", "the cat", "Text: ÄÖ", "das große Modell schreibt"]
 PAIRS = [Pair(prompt=p, response=r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+MANY = [Pair(prompt=f"{p} {i}", response=f"{r} {i}") for i in range(4) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+OPTIONS = TrainOptions(
+    max_steps=8,
+    batch_size=4,
+    eval_every=2,
+    save_every=2,
+    patience=0,
+    precision="fp32",
+    max_quality_examples=0,
+    learning_rate=3e-3,
+)
 OTHER_VOCAB = 290
 SMALL = 24  # width of the SLMs: not the LLMs', so that a mix-up of the two shows
 

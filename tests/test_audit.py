@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 import baton.engine.choose as choose
@@ -23,10 +24,15 @@ METHODS = ["prompt-lookup", "token-recycling:num_draft_tokens=10"]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny `target` and `small`."""
+    """A folder with a tiny `target` and `small`, the same with noise: what they expect overlaps."""
     folder = tmp_path_factory.mktemp("pair")
-    for name, seed in (("target", 0), ("small", 4)):
-        tiny.llama(seed).save_pretrained(folder / name)
+    for name, noise in (("target", 0.0), ("small", 0.1)):
+        model = tiny.llama(0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(noise * weight.std() * torch.randn(weight.shape, generator=generator))
+        model.save_pretrained(folder / name)
         tiny.tokenizer(append_eos=False).save_pretrained(folder / name)
     (folder / "prompts.txt").write_text("\n".join(tiny.PROMPTS) + "\n", encoding="utf-8")
     return folder
@@ -79,8 +85,9 @@ def test_the_logits_of_a_position_are_those_of_plain_decoding() -> None:
             assert int(logits_at(writer, target, output.prompt, output.token_ids[:position]).argmax()) == token
 
 
-def test_the_command(pair: Path, tmp_path: Path) -> None:
+def test_the_command(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 0 with a table and JSON; bad input is named."""
+    monkeypatch.setenv("COLUMNS", "200")
     run = CliRunner()
     arguments = ["audit", str(pair / "target"), "--data", str(pair / "prompts.txt"), "--max-new-tokens", "6"]
     done = run.invoke(app, [*arguments, "--batch-size", "3", "--json", str(tmp_path / "a.json")])

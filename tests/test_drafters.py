@@ -20,7 +20,7 @@ from baton.drafters.draft_model import DraftModel
 from baton.engine import Engine, generate, stream
 from baton.engine.drafter import Drafter
 from baton.engine.request import Request
-from baton.errors import BatonError, DraftError, ModelMismatch, UnknownOption, VocabMismatch
+from baton.errors import BatonError, DraftError, MemoryShort, ModelMismatch, UnknownOption, VocabMismatch
 from baton.handoff.read import PromptEncoder
 from baton.models.loading import load
 from baton.models.writer import Writer
@@ -240,6 +240,18 @@ def test_not_a_number_fails_one_request_only(family: str) -> None:
     assert len(failed) == 1 and "decode step 3" in failed[0].error and "not a number" in failed[0].error
     for request, output in zip(requests, plain, strict=True):
         assert request in failed or request.tokens == output.token_ids
+
+
+def test_rows_that_do_not_fit_are_refused_before_they_are_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what would fit; the model's own positions bound what is asked for."""
+    writer = tiny.language_model("llama")
+    each = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
+    monkeypatch.setattr("baton.engine.loop.free_bytes", lambda device: 300 * each)
+    longest = max(len(ids) for ids in writer.tokenizer(PROMPTS)["input_ids"]) + 60
+    generate(writer, PROMPTS[:1], max_new_tokens=60)
+    fitting = rf"{300 // longest} rows of that length .* 7 rows of {300 // 7} positions"
+    with pytest.raises(MemoryShort, match=rf"7 rows of {longest} positions .*: {fitting}"):
+        generate(writer, PROMPTS, max_new_tokens=60)
 
 
 def test_drafts_deeper_than_the_room_left_are_refused() -> None:

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from handoffs import CASES, PROMPTS, RESPONSES, Case, calls, folder, label_batch, prompt_batch, untrained
+from handoffs import (
+    CASES,
+    MANY,
+    OPTIONS,
+    Case,
+    calls,
+    folder,
+    label_batch,
+    prompt_batch,
+    untrained,
+)
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
@@ -22,23 +32,13 @@ from baton.errors import BatonError, DataError, PromptError, UnknownOption
 from baton.handoff.config import HandoffOptions
 from baton.handoff.model import HandoffModel
 from baton.handoff.read import PromptEncoder
-from baton.handoff.training import RUN, train_handoff
+from baton.handoff.training import RUN, fit_projector, train_handoff
 from baton.models.text import TextToText
+from baton.train.dataset import PairDataset
 from baton.train.options import TrainOptions
 from baton.train.trainer import adamw, response_loss
 from baton.types import Pair
 
-MANY = [Pair(prompt=f"{p} {i}", response=f"{r} {i}") for i in range(4) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-OPTIONS = TrainOptions(
-    max_steps=8,
-    batch_size=4,
-    eval_every=2,
-    save_every=2,
-    patience=0,
-    precision="fp32",
-    max_quality_examples=0,
-    learning_rate=3e-3,
-)
 STEADY: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3}  # Muon makes rounding a hundred times larger
 
 
@@ -446,3 +446,15 @@ def test_the_llm_is_not_called_for_what_is_cached(tmp_path: Path) -> None:
     with calls(model.encoder.model) as llm:
         assert train_in(tmp_path / "b", train=replace(OPTIONS, max_steps=2, learning_rate=1e-4))
     assert not llm
+
+
+def test_a_fitted_projector_gives_the_slms_embeddings_back(tmp_path: Path) -> None:
+    """Before training: Z is near E where it was not, the SLM is untouched, and cached states give the same."""
+    model = untrained(CASES[0], inner_width=64)
+    slm = {name: weight.clone() for name, weight in model.slm.state_dict().items()}
+    data = PairDataset(MANY, model.prompt_tokenizer, model.response_tokenizer)
+    assert fit_projector(model, data, 1) > 0.9
+    assert fit_projector(model, data, 400, batch_size=8) < 0.3
+    assert all(torch.equal(slm[name], weight) for name, weight in model.slm.state_dict().items())
+    assert not any(weight.requires_grad for weight in model.encoder.model.parameters())
+    assert train_in(tmp_path, options=HandoffOptions(fit_steps=5), train=replace(OPTIONS, max_steps=2))

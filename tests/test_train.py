@@ -13,28 +13,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from handoffs import PAIRS, PROMPTS, RESPONSES
+from handoffs import MANY, OPTIONS, PAIRS
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from baton.errors import DataError, StorageError, UnknownOption
 from baton.models.text import IGNORE, TextToText
-from baton.train.dataset import Collator, PairDataset
-from baton.train.options import TrainOptions
+from baton.train.dataset import BlockDataset, Collator, PairDataset
 from baton.train.trainer import COMPLETE, TextTrainer, last_checkpoint, make_optimizer, make_trainer, response_loss, run
 from baton.types import Pair
-
-MANY = [Pair(prompt=f"{p} {i}", response=f"{r} {i}") for i in range(4) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-OPTIONS = TrainOptions(
-    max_steps=8,
-    batch_size=4,
-    eval_every=2,
-    save_every=2,
-    patience=0,
-    precision="fp32",
-    max_quality_examples=0,
-    learning_rate=3e-3,
-)
 
 
 def dataset(pairs: list[Pair] = MANY, **changes: Any) -> PairDataset:
@@ -379,3 +366,24 @@ def test_the_two_newest_checkpoints_and_a_tensorboard_log_are_kept(tmp_path: Pat
     assert [path.stat().st_size > 0 for path in (tmp_path / "runs").rglob("events.out.tfevents.*")] == [True]
     state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["global_step"] == 8
+
+
+def test_text_in_blocks() -> None:
+    """Documents joined by a separator and cut: each block's first token is the prompt, nothing is lost but the rest."""
+    tokenizer = tiny.tokenizer(append_eos=False)
+    data = BlockDataset(["The cat.", "Die Katze"], tokenizer, length=4, separator=tiny.EOS)
+    joined = [*tokenizer("The cat.")["input_ids"], tiny.EOS, *tokenizer("Die Katze")["input_ids"], tiny.EOS]
+    blocks = [[*prompt, *response] for prompt, response in zip(data.prompts, data.responses, strict=True)]
+    assert [len(prompt) for prompt in data.prompts] == [1] * len(data) and {len(b) for b in blocks} == {4}
+    assert [token for block in blocks for token in block] == joined[: len(joined) // 4 * 4]
+    assert data[0] == {"prompt": joined[:1], "response": joined[1:4]}
+
+
+def test_a_causal_model_learns_from_blocks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = BlockDataset(tiny.TEXTS * 8, tiny.tokenizer(append_eos=False), length=8, separator=tiny.EOS)
+    options = replace(OPTIONS, max_steps=40, learning_rate=2e-2, eval_every=40, save_every=40)
+    trainer = make_trainer(TextToText(tiny.llama(3)), data, data, out=tmp_path, options=options, prompt_pad_id=0)
+    before = trainer.evaluate()["eval_loss"]
+    assert run(trainer)
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before

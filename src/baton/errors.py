@@ -40,6 +40,10 @@ class VocabMismatch(BatonError):
     """A drafter's tokens are not the target's."""
 
 
+class MemoryShort(BatonError):
+    """What was asked for does not fit into memory. The message says what would."""
+
+
 class StorageError(BatonError):
     """The disk is full or not writable. Whatever had been completed before is still there."""
 

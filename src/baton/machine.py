@@ -32,3 +32,10 @@ def machine() -> dict[str, Any]:
 def versions(*packages: str) -> dict[str, str]:
     """The installed version of each."""
     return {name: version(name) for name in packages}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated there."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

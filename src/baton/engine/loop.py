@@ -19,8 +19,9 @@ from baton.engine.drafter import Drafter, Joined, Seen
 from baton.engine.request import Request
 from baton.engine.rules import Rules
 from baton.engine.text import TextStream
-from baton.errors import BatonError, DraftError
-from baton.models.adapter import Target, target_for
+from baton.errors import BatonError, DraftError, MemoryShort
+from baton.machine import free_bytes
+from baton.models.adapter import Target, slot_bytes, target_for
 from baton.models.loading import load
 from baton.models.prompts import pad_right, same_tokenizer, tokenize_prompts
 from baton.models.writer import Writer
@@ -133,8 +134,13 @@ class Engine:
         return made
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Let requests in as rows become free, in this order."""
-        self.waiting.extend(requests)
+        """Let requests in as rows become free, in this order.
+
+        Raises: MemoryShort when the rows they need would not fit; none is let in then.
+        """
+        new = list(requests)
+        self._check_memory([*self.rows, *self.waiting, *new])
+        self.waiting.extend(new)
 
     def cancel(self, request: Request) -> None:
         """End a request early; its row is free for the next one. Nothing happens when it has ended."""
@@ -242,6 +248,19 @@ class Engine:
             else:
                 self.memory = None
         return list(leaving.values())
+
+    def _check_memory(self, requests: Sequence[Request]) -> None:
+        rows = min(self.max_rows, len(requests))
+        slots = max((r.limit + (len(r.prompt_ids) if self.target.reads_prompt else 1) for r in requests), default=0)
+        each, free = slot_bytes(self.target.model), free_bytes(self.target.device)
+        if self.memory is not None:
+            free += each * sum(self.memory.lengths)
+        if rows * slots * each > free:
+            raise MemoryShort(
+                f"{rows} rows of {slots} positions need {rows * slots * each / 1e9:.1f} GB for keys and values, and "
+                f"{free / 1e9:.1f} GB are free: {free // (each * slots)} rows of that length fit (max_rows, "
+                f"--batch-size), or {rows} rows of {free // (each * rows)} positions (max_new_tokens)"
+            )
 
     def _checked(self, drafts: list[Draft]) -> list[Draft]:
         for request, draft in zip(self.rows, drafts, strict=True):

@@ -18,6 +18,7 @@ from baton.engine import generate
 from baton.errors import DataError, UnknownOption, nearest
 from baton.handoff.model import HandoffModel, local_folder
 from baton.machine import machine, versions
+from baton.models.adapter import slot_bytes
 from baton.models.loading import load
 from baton.models.prompts import pad_right, tokenize_prompts
 from baton.models.writer import PromptInputs, Writer
@@ -312,7 +313,7 @@ def _measure_speed(
         report.tokens_per_second[mode] = statistics.median(p[mode].tokens / p[mode].total_s for p in passes)
         report.total_ms[mode] = 1e3 * statistics.median(p[mode].total_s for p in passes) / len(prompts)
         tokens = max(len(t) for t in (writer.prompt_tokenizer([q])["input_ids"][0] for q in prompts))
-        cache = (tokens + max_new_tokens) * _cache_bytes_per_token(writer.lm)
+        cache = (tokens + max_new_tokens) * slot_bytes(writer.lm)
         report.decode_memory_mb[mode] = (_bytes(writer.lm) + cache) / 1e6
         reading = _bytes(model.encoder.model) + _bytes(model) if mode not in ("llm", "slm") else _bytes(writer.lm)
         report.peak_memory_mb[mode] = (reading + cache) / 1e6
@@ -370,14 +371,3 @@ def _bytes(module: nn.Module) -> int:
 
 def _count(writer: Any) -> int:
     return sum(p.numel() for p in writer.lm.parameters())
-
-
-def _cache_bytes_per_token(model: Any) -> int:
-    """Keys and values of one position in every layer that writes (self-attention)."""
-    config = model.config
-    layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
-    layers = layers or config.num_hidden_layers
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "d_kv", None) or getattr(config, "head_dim", None)
-    width = width or config.hidden_size // config.num_attention_heads
-    return 2 * layers * heads * width * next(model.parameters()).element_size()

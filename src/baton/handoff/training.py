@@ -125,6 +125,7 @@ def fit_projector(model: HandoffModel, data: PairDataset, steps: int, seed: int 
         optimizer.step()
         schedule.step()
         errors.append(float(error.detach() / wanted.var()))
+    optimizer.zero_grad()
     return sum(errors[-20:]) / len(errors[-20:])
 
 

@@ -358,6 +358,17 @@ def start_token(model: PreTrainedModel) -> int:
     raise UnsupportedModel(f"{type(model).__name__} names no decoder_start_token_id in its configuration")
 
 
+def slot_bytes(model: PreTrainedModel) -> int:
+    """Memory of one position of one row: keys and values of every layer that writes."""
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
+    layers = layers or config.num_hidden_layers
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "d_kv", None) or getattr(config, "head_dim", None)
+    width = width or config.hidden_size // config.num_attention_heads
+    return int(2 * layers * heads * width * next(model.parameters()).element_size())
+
+
 # Families whose logits were compared with their own forward, ragged rows included (tests/test_engine.py).
 FAMILIES: dict[str, type[Target]] = {
     "bart": EncoderDecoder,

@@ -47,8 +47,7 @@ from baton.types import Pair
 # stage: whether torchrun may run it
 STAGES = {
     "tokenizers": False,
-    "llm-start": True,
-    "llm": True,  # trained on from there at a rate that rises again
+    "llm": True,
     "labels": False,
     "slm-start": True,  # the SLM trained alone on human translations, from which both of the next start
     "slm": True,  # ... trained on, alone, on the LLM's translations
@@ -59,7 +58,7 @@ STAGES = {
 }
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, GPT_VOCAB = 3072, 1536
-LLM_START = TrainOptions(
+LLM = TrainOptions(
     max_steps=1250,
     batch_size=512,
     learning_rate=6e-3,
@@ -70,13 +69,12 @@ LLM_START = TrainOptions(
     patience=0,
     max_quality_examples=0,
 )
-LLM = replace(LLM_START, max_steps=950, seed=1)  # another order of the same pairs
 # Both halves of a comparison use the same options: same labels, same steps, same schedule.
-START = replace(LLM_START, max_steps=600)
-CONTINUE = replace(START, max_steps=900, learning_rate=3e-3, embedding_lr=1e-2)
+START = replace(LLM, max_steps=600)
+CONTINUE = replace(START, max_steps=1800, learning_rate=3e-3, embedding_lr=1e-2)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
-GPT_START = replace(START, max_steps=250, embedding_lr=3e-3)
-GPT_CONTINUE = replace(CONTINUE, max_steps=400, embedding_lr=3e-3)
+GPT_START = replace(START, max_steps=400, embedding_lr=3e-3)
+GPT_CONTINUE = replace(CONTINUE, max_steps=600, embedding_lr=3e-3)
 
 
 def t5(*, d_model: int, d_kv: int, num_heads: int, d_ff: int, encoder: int, decoder: int) -> PreTrainedModel:
@@ -137,12 +135,8 @@ class Recipe:
             lines = [json.dumps(row if len(row["references"]) > 1 else _short(row), ensure_ascii=False) for row in rows]
             (self.out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def llm_start(self) -> bool:
-        model = t5(d_model=256, d_kv=64, num_heads=4, d_ff=704, encoder=6, decoder=8)
-        return self._alone(model, "t5", self.train, LLM_START, "llm-start")
-
     def llm(self) -> bool:
-        model = T5ForConditionalGeneration.from_pretrained(self.out / "llm-start", dtype=torch.float32)
+        model = t5(d_model=256, d_kv=64, num_heads=4, d_ff=704, encoder=6, decoder=8)
         return self._alone(model, "t5", self.train, LLM, "llm")
 
     def labels(self) -> None:

@@ -242,6 +242,27 @@ def test_not_a_number_fails_one_request_only(family: str) -> None:
         assert request in failed or request.tokens == output.token_ids
 
 
+def test_an_engine_goes_on_after_an_error_or_a_stream_that_was_given_up() -> None:
+    writer = tiny.language_model("llama")
+    plain = texts(generate(writer, PROMPTS, max_new_tokens=9))
+    engine = Engine(writer, "prompt-lookup", max_rows=3)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(engine, PROMPTS, max_new_tokens=9, on_token=stop)
+    assert texts(generate(engine, PROMPTS, max_new_tokens=9)) == plain
+    pieces = stream(engine, PROMPTS[0], max_new_tokens=9)
+    next(pieces)
+    with pytest.raises(BatonError, match="is writing other requests"):
+        generate(engine, PROMPTS)
+    pieces.close()  # type: ignore[attr-defined]
+    assert texts(generate(engine, PROMPTS, max_new_tokens=9)) == plain
+    with pytest.raises(BatonError, match="has its own drafter"):
+        generate(engine, PROMPTS, drafter="prompt-lookup")
+
+
 def test_rows_that_do_not_fit_are_refused_before_they_are_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what would fit; the model's own positions bound what is asked for."""
     writer = tiny.language_model("llama")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from baton.engine.drafter import Drafter
 from baton.engine.loop import Engine
+from baton.engine.request import Request
 from baton.errors import BatonError
 from baton.models.writer import Writer
 from baton.types import Output, Rule, Sampling
@@ -69,15 +70,19 @@ def generate(
     )
     outputs: dict[int, Output] = {}
     engine.submit(sorted(requests, key=lambda request: -len(request.prompt_ids)))
-    while not engine.idle:
-        progress = engine.step()
-        for token in progress.tokens:
-            if on_token is not None:
-                on_token(token.id, token.text, token.request.index)
-        for request in progress.ended:
-            output = outputs[request.index] = request.output()
-            if on_finish is not None:
-                on_finish(output, request.index)
+    try:
+        while not engine.idle:
+            progress = engine.step()
+            for token in progress.tokens:
+                if on_token is not None:
+                    on_token(token.id, token.text, token.request.index)
+            for request in progress.ended:
+                output = outputs[request.index] = request.output()
+                if on_finish is not None:
+                    on_finish(output, request.index)
+    finally:
+        for request in requests:  # after an error, an Engine that goes on must not go on with these
+            engine.cancel(request)
     return [outputs[index] for index in range(len(requests))]
 
 
@@ -99,8 +104,7 @@ def stream(
     """
     engine = _engine(model, drafter, rule, max_rows=1, patience=1)
     requests = engine.requests([prompt], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop, truncate=truncate)
-    engine.submit(requests)
-    return _pieces(engine)
+    return _pieces(engine, requests[0])
 
 
 def _engine(
@@ -115,10 +119,12 @@ def _engine(
     return model
 
 
-def _pieces(engine: Engine) -> Iterator[str]:
-    while not engine.idle:
-        progress = engine.step()
-        yield from (token.text for token in progress.tokens if token.text)
-        for request in progress.ended:
-            if request.finish_reason == "error":
-                raise BatonError(request.error)
+def _pieces(engine: Engine, request: Request) -> Iterator[str]:
+    engine.submit([request])
+    try:
+        while request.finish_reason is None:
+            yield from (token.text for token in engine.step().tokens if token.text)
+    finally:
+        engine.cancel(request)
+    if request.finish_reason == "error":
+        raise BatonError(request.error)

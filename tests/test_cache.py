@@ -201,6 +201,29 @@ def test_every_pass_equals_the_models_own_forward(family: str) -> None:
     close(logits[0, 0], fresh(model, rows[1][0], [*rows[1][1], 33]))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_can_be_run_in_parts(family: str) -> None:
+    """The first layers, then the others on what these gave, are a whole pass; the final norm is applied once."""
+    model = build(family)
+    target = target_for(model)
+    ids, mask = pad_right(PROMPTS)
+    tokens = torch.tensor([[20, 21, 22], [30, 31, 32], [40, 41, 42]])
+    _, whole = target.prefill(PromptInputs(ids=ids, mask=mask))
+    with target.capture({0, 1, len(target.layers)}) as outputs:
+        expected = target.forward(tokens, whole)
+    _, memory = target.prefill(PromptInputs(ids=ids, mask=mask))
+    before = list(memory.lengths)
+    low = target.forward_layers(0, 1, tokens, memory)
+    memory.truncate(before)
+    high = target.forward_layers(1, len(target.layers), tokens, memory, hidden=low)
+    close(low, outputs[1])
+    close(high, outputs[len(target.layers)])
+    close(target.head(high), expected)
+    close(target.forward(tokens[:, :1], memory), target.forward(tokens[:, :1], whole))  # both caches are whole
+    with pytest.raises(ValueError, match="with hidden"):
+        target.forward_layers(0, 1, tokens, memory, hidden=low)
+
+
 @pytest.mark.parametrize("family", ["t5", "bart", "marian", "gpt2", "llama"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_both_kinds_of_attention_and_embeddings_as_prompts(family: str, attention: str) -> None:

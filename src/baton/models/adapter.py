@@ -33,6 +33,7 @@ class Target(ABC):
 
     reads_prompt: bool
     start: int | None = None
+    decoder: Any
     layers: Any  # the decoder's blocks, first to last
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -58,7 +59,7 @@ class Target(ABC):
         Returns: logits of the first response token, [b, V] in the model's dtype, and what was read.
         """
 
-    @abstractmethod
+    @torch.inference_mode()
     def forward(
         self, ids: Tensor, memory: Memory, *, positions: Tensor | None = None, tree: Tensor | None = None
     ) -> Tensor:
@@ -70,6 +71,72 @@ class Target(ABC):
             tree: bool [b, q, q], True where new token i may attend to new token j; None: a chain.
         Returns: logits [b, q, V] in the model's dtype. `memory.keep` then drops tokens that were not accepted.
         """
+        memory.own.append(ids.shape[1], self.device)
+        return self.unembed(self.run(ids, memory, positions, tree))
+
+    @torch.inference_mode()
+    def forward_layers(
+        self,
+        low: int,
+        high: int,
+        ids: Tensor,
+        memory: Memory,
+        *,
+        hidden: Tensor | None = None,
+        positions: Tensor | None = None,
+        tree: Tensor | None = None,
+    ) -> Tensor:
+        """The same pass through some layers only: those after the first `low`, up to the `high`-th.
+
+        The slots that `memory` takes in are filled in these layers. To go on with the layers above, `truncate` the
+        memory to where it was and call again for the same tokens, from `high`.
+
+        Args:
+            hidden: [b, q, d], what the first `low` layers gave; None for low = 0.
+        Returns: [b, q, d], before the final norm; `head` makes logits of it.
+        """
+        if not 0 <= low < high <= len(self.layers) or (hidden is None) != (low == 0):
+            raise ValueError(
+                f"layers {low}..{high} of {len(self.layers)}, {'without' if hidden is None else 'with'} hidden"
+            )
+        shown: list[nn.Module] = [_Skipped() if not low <= i < high else layer for i, layer in enumerate(self.layers)]
+        if low:
+            shown[low - 1] = _Skipped(hidden)
+        memory.own.append(ids.shape[1], self.device)
+        with self.showing(shown), self.capture({high}) as found:
+            self.run(ids, memory, positions, tree)
+        return found[high]
+
+    @abstractmethod
+    def run(self, ids: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None) -> Tensor:
+        """Final hidden states [b, q, d], after the final norm, of tokens whose slots have been announced."""
+
+    @contextlib.contextmanager
+    def showing(self, layers: list[nn.Module]) -> Iterator[None]:
+        """Let the model see other layers than its own for a while."""
+        stack = getattr(self.decoder, "decoder", self.decoder)
+        name = next(name for name in ("h", "block", "layers") if hasattr(stack, name))
+        setattr(stack, name, nn.ModuleList(layers))
+        try:
+            yield
+        finally:
+            setattr(stack, name, self.layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., d] of response tokens; positions, and what a model does to both, are not in them."""
+        found: Tensor = self.decoder.get_input_embeddings()(ids)
+        scale = getattr(self.decoder, "embed_scale", None)  # Marian keeps it beside the table instead of inside it
+        return found * scale if isinstance(scale, float) else found
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """What a layer gave, [..., d], to logits [..., V]: final norm, once, and output head."""
+        stack = getattr(self.decoder, "decoder", self.decoder)
+        for name in ("norm", "ln_f", "final_layer_norm", "layer_norm", "project_out"):
+            part = getattr(stack, name, None)
+            if part is not None:
+                hidden = part(hidden)
+        return self.unembed(hidden)
 
     def room(self, prompt_tokens: int, wanted: int) -> int:
         """How many of the `wanted` response tokens the model has positions for; less than 1: the prompt is too long."""
@@ -106,7 +173,7 @@ class Target(ABC):
             for hook in hooks:
                 hook.remove()
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def unembed(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., d], after the final norm, to logits [..., V]."""
         logits = self.lm_head(hidden)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
@@ -157,25 +224,21 @@ class DecoderOnly(Target):
         lengths = inputs.mask.sum(1)
         memory.truncate(lengths.tolist())
         last = hidden[torch.arange(rows, device=self.device), lengths - 1]
-        return self.head(last), memory
+        return self.unembed(last), memory
 
-    @torch.inference_mode()
-    def forward(
-        self, ids: Tensor, memory: Memory, *, positions: Tensor | None = None, tree: Tensor | None = None
-    ) -> Tensor:
+    def run(self, ids: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None) -> Tensor:
         own = memory.own
-        own.append(ids.shape[1], self.device)
         if positions is None:
             positions = next_positions(own, self.device)
         alone = own.even and own.count == 1 and self.window is None
-        hidden = self.decoder(
+        hidden: Tensor = self.decoder(
             input_ids=ids,
             attention_mask=None if alone else self.masks(own, positions, tree),
             position_ids=positions,
             past_key_values=memory.past,
             use_cache=True,
         ).last_hidden_state
-        return self.head(hidden)
+        return hidden
 
 
 class EncoderDecoder(Target):
@@ -212,13 +275,9 @@ class EncoderDecoder(Target):
         start = torch.full((len(states), 1), self.start, device=self.device)
         return self.forward(start, memory)[:, -1], memory
 
-    @torch.inference_mode()
-    def forward(
-        self, ids: Tensor, memory: Memory, *, positions: Tensor | None = None, tree: Tensor | None = None
-    ) -> Tensor:
+    def run(self, ids: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None) -> Tensor:
         own, cross = memory.own, memory.cross
         assert cross is not None
-        own.append(ids.shape[1], self.device)
         arguments: dict[str, Any] = {}
         hook = None
         stock = positions is None and own.even  # the table is indexed by the cache's length
@@ -228,7 +287,7 @@ class EncoderDecoder(Target):
         elif not stock:
             hook = self._place(positions)
         try:
-            hidden = self.decoder(
+            hidden: Tensor = self.decoder(
                 input_ids=ids,
                 attention_mask=self.masks(own, positions, tree),
                 encoder_hidden_states=cross.states,
@@ -240,10 +299,10 @@ class EncoderDecoder(Target):
         finally:
             if hook is not None:
                 hook.remove()
-        return self.head(hidden)
+        return hidden
 
-    def head(self, hidden: Tensor) -> Tensor:
-        logits = super().head(hidden)
+    def unembed(self, hidden: Tensor) -> Tensor:
+        logits = super().unembed(hidden)
         return logits if self.logits_bias is None else logits + self.logits_bias
 
     def _place(self, positions: Tensor) -> Any:
@@ -272,13 +331,9 @@ class T5(EncoderDecoder):
         self.bias_until_now = self._until_now()
         self.no_mask = torch.zeros((1, 1, 1, 1), dtype=self.dtype, device=self.device)
 
-    @torch.inference_mode()
-    def forward(
-        self, ids: Tensor, memory: Memory, *, positions: Tensor | None = None, tree: Tensor | None = None
-    ) -> Tensor:
+    def run(self, ids: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None) -> Tensor:
         own, cross = memory.own, memory.cross
         assert cross is not None
-        own.append(ids.shape[1], self.device)
         if own.width > len(self.bias_by_distance):
             self.bias_by_distance = self._biases(2 * own.width)
             self.bias_until_now = self._until_now()
@@ -290,12 +345,14 @@ class T5(EncoderDecoder):
         # The mask is in the bias already. Given as a mask too, or attention over several tokens would add its own.
         mask = None if own.count == 1 else self.no_mask
         hidden = self.decoder.embed_tokens(ids)
-        for block in self.layers:
-            hidden = block(hidden, mask, bias, cross.states, None, cross.mask, past_key_values=memory.past)[0]
-        return self.head(self.decoder.final_layer_norm(hidden))
+        for block in self.decoder.block:
+            given = block(hidden, mask, bias, cross.states, None, cross.mask, past_key_values=memory.past)
+            hidden = given[0] if isinstance(given, tuple) else given
+        normed: Tensor = self.decoder.final_layer_norm(hidden)
+        return normed
 
-    def head(self, hidden: Tensor) -> Tensor:
-        return super().head(hidden if self.scale is None else hidden * self.scale)
+    def unembed(self, hidden: Tensor) -> Tensor:
+        return super().unembed(hidden if self.scale is None else hidden * self.scale)
 
     def _biases(self, size: int) -> Tensor:
         attention = self.layers[0].layer[0].SelfAttention
@@ -317,6 +374,17 @@ class T5(EncoderDecoder):
         distances = (at[:, :, None] - slot_positions(own, at)[:, None, :]).clamp(min=0)
         bias = self.bias_by_distance[distances].permute(0, 3, 1, 2)
         return torch.where(attendable(own, tree, self.device), bias, torch.finfo(self.dtype).min)
+
+
+class _Skipped(nn.Module):
+    """Stands where a layer is not run: hands on what it is given, or something else."""
+
+    def __init__(self, instead: Tensor | None = None) -> None:
+        super().__init__()
+        self.instead = instead
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
+        return hidden if self.instead is None else self.instead
 
 
 def next_positions(own: RowCache, device: torch.device) -> Tensor:

@@ -71,10 +71,10 @@ LLM = TrainOptions(
 )
 # Both halves of a comparison use the same options: same labels, same steps, same schedule.
 START = replace(LLM, max_steps=600)
-CONTINUE = replace(START, max_steps=1800, learning_rate=3e-3, embedding_lr=1e-2)
+CONTINUE = replace(START, max_steps=1300, learning_rate=3e-3, embedding_lr=1e-2)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
 GPT_START = replace(START, max_steps=400, embedding_lr=3e-3)
-GPT_CONTINUE = replace(CONTINUE, max_steps=600, embedding_lr=3e-3)
+GPT_CONTINUE = replace(CONTINUE, max_steps=450, embedding_lr=3e-3)
 
 
 def t5(*, d_model: int, d_kv: int, num_heads: int, d_ff: int, encoder: int, decoder: int) -> PreTrainedModel:
@@ -154,7 +154,7 @@ class Recipe:
             )
 
     def slm_start(self) -> bool:
-        model = t5(d_model=192, d_kv=32, num_heads=6, d_ff=384, encoder=1, decoder=1)
+        model = t5(d_model=192, d_kv=32, num_heads=6, d_ff=192, encoder=0, decoder=2)
         return self._alone(model, "t5", self.train, START, "slm-start")
 
     def slm(self) -> bool:
@@ -232,7 +232,7 @@ class Recipe:
             pairs=self._labelled(),
             validation=self.validation,
             out=self.out / stage,
-            options=HandoffOptions(inner_width=512, fit_steps=1000),
+            options=HandoffOptions(inner_width=256, fit_steps=1000),
             train=options,
         )
 

@@ -51,8 +51,8 @@ def test_nothing_is_found_where_nothing_is_wrong(pair: Path) -> None:
 def test_a_verifier_that_lets_a_wrong_token_through_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     right = choose.verify.follow
 
-    def wrong(draft: Draft, own: Any) -> Verdict:
-        return Verdict((0,), own(0)) if len(draft) else right(draft, own)
+    def wrong(draft: Draft, own: Any, ends: Any) -> Verdict | None:
+        return Verdict((0,), own(0)) if len(draft) else right(draft, own, ends)
 
     monkeypatch.setattr(choose.verify, "follow", wrong)
     report = audit(tiny.language_model("llama"), METHODS[1:], tiny.PROMPTS, max_new_tokens=12, batch_sizes=(1,))

@@ -47,7 +47,7 @@ def test_speed_is_derived_from_seconds_and_tokens() -> None:
         _add(other, Written([[1, 2, 3, 5]], 1, 3, 6, 2, 0.5), seconds / 4, [[1, 2, 3, 4]])
     plain.finish(plain)
     other.finish(plain)
-    assert (plain.tokens_per_second, other.tokens_per_second, other.speedup) == (2.0, 8.0, 4.0)
+    assert (plain.tokens_per_second, other.tokens_per_second, other.speedup) == (12 / 7, 48 / 7, 4.0)
     assert (other.acceptance_length, other.acceptance_rate, other.draft_share) == (3.0, 2 / 6, 0.5)
     assert (plain.different, other.different) == (0, 3)
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation import MaxLengthCriteria, TopKLogitsWarper
 
 import baton
 from baton.draft import NOTHING, Draft, Tree, chain
@@ -20,6 +21,7 @@ from baton.drafters.draft_model import DraftModel
 from baton.engine import Engine, generate, stream
 from baton.engine.drafter import Drafter
 from baton.engine.request import Request
+from baton.engine.rules import Rules
 from baton.errors import BatonError, DraftError, MemoryShort, ModelMismatch, UnknownOption, VocabMismatch
 from baton.handoff.read import PromptEncoder
 from baton.models.loading import load
@@ -253,7 +255,7 @@ def test_an_engine_goes_on_after_an_error_or_a_stream_that_was_given_up() -> Non
     with pytest.raises(KeyboardInterrupt):
         generate(engine, PROMPTS, max_new_tokens=9, on_token=stop)
     assert texts(generate(engine, PROMPTS, max_new_tokens=9)) == plain
-    pieces = stream(engine, PROMPTS[0], max_new_tokens=9)
+    pieces = stream(engine, PROMPTS[0], max_new_tokens=60)
     next(pieces)
     with pytest.raises(BatonError, match="is writing other requests"):
         generate(engine, PROMPTS)
@@ -273,6 +275,51 @@ def test_rows_that_do_not_fit_are_refused_before_they_are_allocated(monkeypatch:
     fitting = rf"{300 // longest} rows of that length .* 7 rows of {300 // 7} positions"
     with pytest.raises(MemoryShort, match=rf"7 rows of {longest} positions .*: {fitting}"):
         generate(writer, PROMPTS, max_new_tokens=60)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart", "marian"])
+def test_rows_at_the_end_of_a_position_table(family: str) -> None:
+    """Padding beside longer drafts, and large trees, reach past the table; rows and texts do not notice."""
+    size = {"n_positions": 48} if family == "gpt2" else {"max_position_embeddings": 48}
+    writer = tiny.language_model(family, **size)
+    small = tiny.language_model("gpt2", seed=5, n_positions=24)
+    prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[2]]
+    plain = generate(writer, prompts, max_new_tokens=100, batch_size=1)
+    assert {output.finish_reason for output in plain} == {"length"}
+    answers = {o.prompt: o.token_ids for o in plain}
+
+    class Small(DraftModel):
+        def load(self, engine: Any) -> Writer:
+            return small
+
+    for batch_size in (1, 3):
+        for drafter in (Oracle(answers, 12, 5), Oracle(answers, 12), Small(num_draft_tokens=8), Adversary(3)):
+            found = generate(writer, prompts, max_new_tokens=100, drafter=drafter, batch_size=batch_size)
+            assert texts(found) == texts(plain), (type(drafter), batch_size)
+
+
+def test_what_stands_behind_the_end_is_not_looked_at() -> None:
+    """Not a number behind an accepted end token changes nothing; behind an accepted token, that token stays."""
+    writer = tiny.language_model("llama")
+    plain = generate(writer, PROMPTS[1], max_new_tokens=30)[0]
+    answers = {plain.prompt: [*plain.token_ids, *[5] * 9]}
+    end = plain.token_ids[4]
+    position = plain.token_ids.index(end)
+    for stops in (True, False):
+        engine = Engine(writer, Oracle(answers, 12))
+        if stops:
+            engine.rules = engine.chooser.rules = Rules(ends=frozenset({end}))
+        forward = engine.target.forward
+
+        def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            logits = forward(*args, **kwargs)  # noqa: B023
+            logits[:, position:] = torch.nan
+            return logits
+
+        engine.target.forward = poisoned  # type: ignore[method-assign]
+        (output,) = generate(engine, PROMPTS[1], max_new_tokens=30)
+        assert output.token_ids[: position + 1] == plain.token_ids[: position + 1]
+        assert output.finish_reason == ("eos" if stops else "length")
 
 
 def test_drafts_deeper_than_the_room_left_are_refused() -> None:
@@ -296,6 +343,8 @@ def test_drafts_deeper_than_the_room_left_are_refused() -> None:
         ("token-recycling:shared=maybe", "'maybe' is not a bool"),
         ("prompt-lookup:num_draft_tokens=many", "'many' is not a int"),
         ("draft-model", "draft-model:model=FOLDER_OR_HUB_ID"),
+        ("draft-model:model=x,branches=2,sample=true", "drop one"),
+        ("prompt-lookup:min_ngram=5", "max_ngram=3 is not possible"),
     ],
 )
 def test_impossible_methods_are_refused(spec: str, message: str) -> None:
@@ -337,9 +386,18 @@ def test_another_tokenizer_drafts_through_text() -> None:
         def load(self, engine: Any) -> Writer:
             return stranger
 
+    encoder_decoder = tiny.language_model("t5", seed=6)
+    encoder_decoder = dataclasses.replace(encoder_decoder, tokenizer=handoffs.other_tokenizer(append_eos=True))
     plain = texts(generate(writer, PROMPTS, max_new_tokens=15))
     assert texts(generate(writer, PROMPTS, max_new_tokens=15, drafter=Stranger(), batch_size=3)) == plain
-    for refused in (Stranger(realign=False), Stranger(sample=True)):
+    # The first tokens have no text: there is nothing to go on from.
+    silent = Sampling(logit_bias=((tiny.EOS + 1, 50.0), (tiny.PAD, 49.0)), repetition_penalty=1.5)
+    plain = texts(generate(writer, PROMPTS, max_new_tokens=15, sampling=silent))
+    strangers = [stranger, encoder_decoder]
+    for stranger in strangers:  # noqa: B007 (read by `load`)
+        found = generate(writer, PROMPTS, max_new_tokens=15, sampling=silent, drafter=Stranger(), batch_size=3)
+        assert texts(found) == plain
+    for refused in (Stranger(realign=False), Stranger(sample=True), Stranger(branches=2)):
         with pytest.raises(VocabMismatch, match="for the target and"):
             generate(writer, "The cat.", drafter=refused)
 
@@ -413,9 +471,56 @@ def test_inside_transformers_generate(family: str, spec: str | None) -> None:
     assert torch.equal(drawn, plain)
 
 
+def test_a_streamer_and_padding_of_custom_generate() -> None:
+    """The streamer gets the prompt, then every token; rows that end early are padded as transformers pads them."""
+
+    class Listener:
+        def __init__(self) -> None:
+            self.got: list[int] = []
+            self.ended = False
+
+        def put(self, ids: torch.Tensor) -> None:
+            self.got += ids.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    writer = tiny.language_model("gpt2")
+    model: Any = writer.model
+    model.generation_config.pad_token_id = model.config.pad_token_id = None
+    ids = torch.tensor([[5, 6, 7], [9, 8, 12]])
+    listener = Listener()
+    streamed = baton.custom_generate("prompt-lookup", streamer=listener)
+    alone = model.generate(ids[:1], max_new_tokens=6, do_sample=False, custom_generate=streamed)
+    assert listener.got == alone[0].tolist() and listener.ended
+    wanted = model.generate(ids, max_new_tokens=12, do_sample=False)
+    end = [int(wanted[0, 6])]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": end}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options, custom_generate=baton.custom_generate()), expected)
+
+
+def test_a_draft_model_inside_transformers_generate(tmp_path: Path) -> None:
+    writer, other = tiny.language_model("llama"), tiny.language_model("llama", seed=5)
+    other.model.save_pretrained(tmp_path)
+    other.tokenizer.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 20]])
+    model: Any = writer.model
+    found = model.generate(
+        ids, max_new_tokens=9, do_sample=False, custom_generate=baton.custom_generate(f"draft-model:model={tmp_path}")
+    )
+    assert torch.equal(found, model.generate(ids, max_new_tokens=9, do_sample=False))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"no_repeat_ngram_size": 2}, "NoRepeatNGram"), ({"num_beams": 2}, "beams"), ({"output_scores": True}, "scores")],
+    [
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
+        ({"num_beams": 2}, "beams"),
+        ({"output_scores": True}, "scores"),
+        ({"logits_processor": [TopKLogitsWarper(3)]}, "TopK"),
+        ({"stopping_criteria": [MaxLengthCriteria(5)]}, "MaxLength"),
+    ],
 )
 def test_what_custom_generate_cannot_apply_is_refused(options: dict[str, Any], message: str) -> None:
     writer = tiny.language_model("llama")

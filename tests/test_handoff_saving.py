@@ -247,14 +247,14 @@ def test_baselines_without_a_signal_do_not_read(signal: str) -> None:
 def test_prompt_tuning_puts_learned_vectors_in_front(case: Case, tmp_path: Path) -> None:
     """[P ; E] whatever the prompt; the vectors start as embeddings of tokens, are stored, and cost prompt room."""
     model = untrained(case, signal="prompt", prompt_length=3, slm_training="frozen")
-    assert [n for n, w in model.named_parameters() if w.requires_grad] == ["soft_prompt"]
+    assert [n for n, w in model.named_parameters() if w.requires_grad] == ["soft_prompt.weight"]
     assert model.soft_prompt is not None
     table = model.slm.get_input_embeddings().weight
-    assert all((row == table).all(1).any() for row in model.soft_prompt)
+    assert all((row == table).all(1).any() for row in model.soft_prompt.weight)
     ids, mask = prompt_batch(model)
     embeds, wide = model.inject(ids, mask, None)
     assert torch.equal(embeds[:, 3:], model.prompt_embeddings(ids))
-    assert all(torch.equal(row[:3], model.soft_prompt) for row in embeds)
+    assert all(torch.equal(row[:3], model.soft_prompt.weight) for row in embeds)
     assert torch.equal(wide, torch.cat([mask.new_ones(len(mask), 3), mask], 1))
     plain = untrained(case)
     limits = {k: n - 3 for k, n in plain.prompt_limits.items() if k == "the SLM"}

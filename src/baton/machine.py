@@ -37,5 +37,6 @@ def versions(*packages: str) -> dict[str, str]:
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated there."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, to be had
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return int(psutil.virtual_memory().available)

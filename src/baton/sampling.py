@@ -29,7 +29,9 @@ def bias(logits: Tensor, biases: Iterable[tuple[int, float]]) -> Tensor:
     """Float32 logits [n, V] with a number added to those of some tokens."""
     tokens, values = zip(*biases, strict=True)
     where = torch.tensor(tokens, device=logits.device)
-    return logits.index_add(-1, where, torch.tensor(values, device=logits.device).expand(len(logits), -1))
+    return logits.index_add(
+        -1, where, torch.tensor(values, dtype=logits.dtype, device=logits.device).expand(len(logits), -1)
+    )
 
 
 def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:

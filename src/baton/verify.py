@@ -15,7 +15,7 @@ Which rule is exact depends on how children were made:
 - `typical`: lossy (arXiv 2401.10774).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -42,17 +42,21 @@ def match(draft: Draft, node: int, token: int) -> int | None:
     return None
 
 
-def follow(draft: Draft, own: Callable[[int], int]) -> Verdict:
+def follow(draft: Draft, own: Callable[[int], int | None], ends: Collection[int] = frozenset()) -> Verdict | None:
     """Go down while the target's own token after a node is one of the node's children.
 
     Args:
-        own: the target's token after a node (or `ROOT`), asked once per visited node.
+        own: the target's token after a node (or `ROOT`), asked once per visited node; None: it has none.
+        ends: tokens after which nothing is looked at.
+    Returns: None when the target has no token after the root; without one after a later node, what came before.
     """
     at = ROOT
     accepted: list[int] = []
     while True:
         token = own(at)
-        child = match(draft, at, token)
+        if token is None:
+            return Verdict(tuple(accepted[:-1]), draft.tokens[accepted[-1]]) if accepted else None
+        child = None if token in ends else match(draft, at, token)
         if child is None:
             return Verdict(tuple(accepted), token)
         accepted.append(child)

@@ -1,8 +1,8 @@
 """Exactness, measured: every method's text against plain decoding, token by token, and its law where it draws.
 
 Two passes that mean the same need not give the same bits: sums run in another order. A difference counts as a
-*near-tie* only where the two best tokens of plain decoding lie closer at that very position than rounding can part,
-and is shown with that gap. Anything else is a bug.
+*near-tie* only where plain decoding, at that very position, was closer to the token found than rounding can part, and
+is shown with that gap. Anything else is a bug.
 """
 
 from collections import Counter
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from baton.engine import Engine, generate
+from baton.engine.rules import Rules
 from baton.errors import BatonError
 from baton.models.adapter import Target, target_for
 from baton.models.prompts import pad_right, tokenize_prompts
 from baton.models.writer import Writer
+from baton.sampling import distribution, uniform
 from baton.types import Output, Sampling, Timings
 
 # Gap between the two best logits below which arithmetic may decide; in bf16 a logit has 8 bits.
@@ -34,7 +36,9 @@ class Difference:
     position: int  # response token
     plain: int
     found: int
-    gap: float  # between the two best logits of plain decoding there, relative to the larger where that is above 1
+    # Greedy: from the best logit down to the lesser of the two tokens', relative where it is above 1. Sampled: from the
+    # number that was drawn with to the nearest one that draws the token found, in probability. 1: the lengths differ.
+    gap: float
     near_tie: bool
 
 
@@ -162,12 +166,19 @@ def _difference(
     def token(output: Output) -> int:
         return output.token_ids[position] if position < len(output.token_ids) else -1
 
-    logits = logits_at(writer, target, plain.prompt, plain.token_ids[:position])
-    first, second = logits.topk(2).values.tolist()
-    gap = (first - second) / max(1.0, abs(first))
-    if not sampling.greedy:  # a draw may also fall on a border between two tokens: their probabilities decide
-        gap = min(gap, _border(logits, token(found), token(plain), sampling))
-    return Difference(index, position, token(plain), token(found), gap, gap < NEAR[writer.lm.dtype])
+    wrong, right = token(found), token(plain)
+    gap = 1.0
+    if min(wrong, right) >= 0:
+        logits = logits_at(writer, target, plain.prompt, plain.token_ids[:position])
+        if sampling.greedy:
+            best = float(logits.max())
+            gap = (best - min(float(logits[wrong]), float(logits[right]))) / max(1.0, abs(best))
+        else:  # how far the number that was drawn with lies from the stretch of the token that was found
+            p = distribution(logits[None], sampling)[0].double()
+            edge = float(p.cumsum(0)[wrong] / p.sum())
+            u = uniform(sampling.seed, index, "token", position)
+            gap = max(0.0, edge - float(p[wrong]) - u, u - edge)
+    return Difference(index, position, right, wrong, gap, gap < NEAR[writer.lm.dtype])
 
 
 @torch.inference_mode()
@@ -177,27 +188,21 @@ def logits_at(writer: Writer, target: Target, prompt: str, response: Sequence[in
     logits, memory = target.prefill(writer.encode(*pad_right(rows, device=target.device), Timings()))
     if response:
         logits = target.forward(torch.tensor([list(response)], device=target.device), memory)[:, -1]
-    return logits[0].float()
-
-
-def _border(logits: torch.Tensor, found: int, plain: int, sampling: Sampling) -> float:
-    """How far, in probability, the border between neighbouring tokens could have been moved: 1 if they are none."""
-    from baton.sampling import distribution
-
-    if min(found, plain) < 0:
-        return 1.0
-    p = distribution(logits[None], sampling)[0].double()
-    low, high = sorted((found, plain))
-    return float(p[low + 1 : high].sum())
+    rules, scores = Rules.of(writer), logits[0].float()
+    banned = {*rules.banned, *(rules.banned_first if len(response) == (rules.first is not None) else ())}
+    scores[list(banned)] = -torch.inf
+    return scores
 
 
 def _law(writer: Writer, spec: str, prompt: str, runs: int) -> tuple[float, float]:
     """Chi-square of the joint law of two tokens drawn with drafts, each among the four most probable."""
     sampling = Sampling(temperature=1.0, top_k=4, seed=5)
-    made = generate(writer, [prompt] * runs, drafter=spec, sampling=sampling, max_new_tokens=3, batch_size=256)
+    made = generate(
+        writer, [prompt] * runs, drafter=spec, sampling=sampling, max_new_tokens=4, batch_size=256, truncate=True
+    )
     if failed := [output.error for output in made if output.error]:
         raise BatonError(f"{spec}: {failed[0]}")
-    pairs = Counter((*output.token_ids[1:3], -1, -1)[:2] for output in made)
+    pairs = Counter(tuple((*output.token_ids[1:3], -1, -1)[:2]) for output in made)
     starts = Counter(output.token_ids[0] for output in made)
     target = target_for(writer.lm)
     expected: dict[tuple[int, int], float] = {}
@@ -212,6 +217,8 @@ def _law(writer: Writer, spec: str, prompt: str, runs: int) -> tuple[float, floa
             thirds = [(-1, 1.0)] if second in ends else _likely(writer, target, prompt, [first, second], sampling)
             for third, given in thirds:
                 expected[second, third] = expected.get((second, third), 0.0) + count * chance * given
+    if any(pair not in expected for pair in pairs):  # what cannot be drawn was emitted
+        return float("inf"), 0.0
     big = {pair: value for pair, value in expected.items() if value >= 5}
     rest = sum(expected.values()) - sum(big.values())
     total = sum((pairs[pair] - value) ** 2 / value for pair, value in big.items())
@@ -224,7 +231,5 @@ def _law(writer: Writer, spec: str, prompt: str, runs: int) -> tuple[float, floa
 def _likely(
     writer: Writer, target: Target, prompt: str, response: list[int], sampling: Sampling
 ) -> list[tuple[int, float]]:
-    from baton.sampling import distribution
-
     p = distribution(logits_at(writer, target, prompt, response)[None], sampling)[0]
     return [(int(token), float(p[token])) for token in p.nonzero()[:, 0]]

@@ -49,15 +49,15 @@ class Result:
     accepted: int = 0
     draft_share: float = 0.0
     different: int = 0  # prompts whose tokens are not plain decoding's
-    tokens_per_second: float = 0.0  # median over groups and repeats
-    tokens_per_second_range: list[float] = field(default_factory=list)  # quartiles
+    tokens_per_second: float = 0.0  # all tokens over all seconds
+    tokens_per_second_range: list[float] = field(default_factory=list)  # quartiles over groups and repeats
     acceptance_length: float | None = None  # tokens per decode step, the target's own included
     acceptance_rate: float | None = None  # accepted / drafted
     speedup: float = 1.0  # median over groups of plain decoding's seconds over this one's
 
     def finish(self, plain: "Result") -> None:
         rates = [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
-        self.tokens_per_second = statistics.median(rates)
+        self.tokens_per_second = sum(self.tokens) / sum(self.seconds)
         quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3
         self.tokens_per_second_range = [quartiles[0], quartiles[2]]
         self.speedup = statistics.median(a / b for a, b in zip(plain.seconds, self.seconds, strict=True))
@@ -97,21 +97,20 @@ def bench_decode(
         if peers and size == 1:
             writes |= _transformers(writer, max_new_tokens, assistant)
         groups = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-        groups = [group for group in groups if len(group) == size] or groups
+        groups = [group for group in groups if len(group) == size] or groups  # the last may be a smaller batch
         made = {name: Result(name, size) for name in writes}
         for write in writes.values():
             write(groups[0])
         total, done = repeats * len(groups), 0
-        for _ in range(repeats):
+        for repeat in range(repeats):
             for number, group in enumerate(groups):
-                plain: list[list[int]] = []
-                names = list(writes)
-                for name in ["plain", *_rotated([n for n in names if n != "plain"], number)]:
+                found: dict[str, tuple[Written, float]] = {}
+                for name in _rotated(list(writes), number):
                     started = time.perf_counter()
                     written = writes[name](group)
-                    seconds = time.perf_counter() - started
-                    plain = plain or written.token_ids
-                    _add(made[name], written, seconds, plain)
+                    found[name] = written, time.perf_counter() - started
+                for name, (written, seconds) in found.items():
+                    _add(made[name], written, seconds, found["plain"][0].token_ids, compare=repeat == 0)
                 done += 1
                 if progress is not None:
                     progress(f"batch {size}", done, total)
@@ -134,7 +133,7 @@ def bench_decode(
     }
 
 
-def _add(result: Result, written: Written, seconds: float, plain: list[list[int]]) -> None:
+def _add(result: Result, written: Written, seconds: float, plain: list[list[int]], *, compare: bool = True) -> None:
     result.seconds.append(seconds)
     result.tokens.append(sum(map(len, written.token_ids)))
     result.steps += written.steps
@@ -142,7 +141,7 @@ def _add(result: Result, written: Written, seconds: float, plain: list[list[int]
     result.drafted += written.drafted
     result.accepted += written.accepted
     result.draft_share += (written.draft_share - result.draft_share) / len(result.seconds)
-    result.different += sum(a != b for a, b in zip(written.token_ids, plain, strict=True))
+    result.different += compare and sum(a != b for a, b in zip(written.token_ids, plain, strict=True))
 
 
 def _rotated(names: list[str], by: int) -> list[str]:
@@ -172,7 +171,7 @@ def _transformers(writer: Writer, max_new_tokens: int, assistant: str | None) ->
     kinds: dict[str, dict[str, Any]] = {"transformers greedy": {}}
     kinds["transformers prompt lookup"] = {"prompt_lookup_num_tokens": 10}
     if assistant is not None:
-        kinds["transformers assisted"] = {"assistant_model": load(assistant, dtype=model.dtype).lm}
+        kinds["transformers assisted"] = {"assistant_model": load(assistant, dtype=model.dtype, device=model.device).lm}
 
     def make(options: dict[str, Any]) -> Write:
         @torch.inference_mode()
@@ -184,7 +183,10 @@ def _transformers(writer: Writer, max_new_tokens: int, assistant: str | None) ->
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                use_cache=True,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                min_length=0,
                 **options,
             )[0].tolist()
             return Written([made[1:] if model.config.is_encoder_decoder else made[len(ids) :]])

@@ -31,6 +31,9 @@ class Memory:
     def truncate(self, lengths: Sequence[int]) -> None:
         self.own.truncate(lengths)
 
+    def clear(self, row: int) -> None:
+        self.own.clear(row)
+
     def select(self, rows: Sequence[int]) -> None:
         self.own.select(rows)
         if self.cross is not None:

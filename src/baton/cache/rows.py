@@ -149,6 +149,12 @@ class RowCache(Cache):
         self.lengths = [self.lengths[row] for row in index]
         self.starts = [self.starts[row] for row in index]
 
+    @torch.inference_mode()
+    def clear(self, row: int) -> None:
+        """Zero a row that holds something that is not a number: its slots will be another row's, behind its length."""
+        for tensor in self._tensors():
+            tensor[row].zero_()
+
     def fork(self, row: int) -> None:
         """Append a copy of a row, which then lives its own life."""
         self.select([*range(self.rows), row])

@@ -55,8 +55,8 @@ def decode(
 ) -> None:
     """Measure drafting methods against plain decoding, greedy, in one run.
 
-    Every group of prompts is written by each method in turn. Tokens per second are medians with quartiles; speed-up is
-    the median over groups of plain decoding's time over the method's.
+    Every group of prompts is written by each method in turn. Tokens per second are all tokens over all seconds, with
+    the quartiles of groups; speed-up is the median over groups of plain decoding's time over the method's.
     """
     methods = method or WITHOUT_MODEL
     for name in methods:

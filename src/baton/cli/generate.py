@@ -108,14 +108,14 @@ def generate(
         prompts = read_prompts(input, tokenizer=writer.prompt_tokenizer)
         answer_file(engine, prompts, output, options, overwrite=overwrite)
     elif show_provenance:
-        for text in prompt_lines(prompt):
-            show_answer(engine, text, options)
+        for index, text in enumerate(prompt_lines(prompt)):
+            show_answer(engine, text, options | {"first_index": index})
     elif as_json or len(prompt) > 1:
         for each in baton.generate(engine, list(prompt_lines(prompt)), **options):
             sys.stdout.write((json.dumps(row(each), ensure_ascii=False) if as_json else each.text) + "\n")
     else:
-        for text in prompt_lines(prompt):
-            stream_answer(engine, text, options)
+        for index, text in enumerate(prompt_lines(prompt)):
+            stream_answer(engine, text, options | {"first_index": index})
 
 
 def load_writer(model: str, llm: str | None, machine: Machine) -> Any:

@@ -41,6 +41,10 @@ class DraftModel(Drafter):
 
     def __post_init__(self) -> None:
         at_least(self, num_draft_tokens=1, branches=1, max_depth=1)
+        if self.branches > 1 and self.sample:
+            raise UnknownOption(
+                f"{self.name}: sample=true draws chains, branches={self.branches} makes trees: drop one"
+            )
 
     def attach(self, engine: "Engine") -> None:
         self.engine = engine
@@ -49,11 +53,15 @@ class DraftModel(Drafter):
         self.memory: Memory | None = None
         self.fed: list[list[int]] = []  # per row, its own tokens after the prompt that its cache holds
         mine, theirs = self.writer.response_tokenizer, engine.writer.response_tokenizer
-        self.same = same_tokenizer(mine, theirs)
-        if not self.same and (self.sample or not self.realign):
+        named = hasattr(theirs, "get_vocab")
+        if named:
+            self.same = same_tokenizer(mine, theirs)
+        else:  # the target came without a tokenizer: sizes must do
+            self.same = len(self.target.lm_head.weight) == len(engine.target.lm_head.weight)
+        if not self.same and (self.sample or self.branches > 1 or not self.realign or not named):
             raise VocabMismatch(
                 f"{self.model} and its target have different tokens ({_difference(mine, theirs)}): use a small model "
-                "of the same family, or realign=true without sample"
+                "of the same family, or realign=true with plain chains"
             )
 
     def load(self, engine: "Engine") -> Writer:
@@ -105,6 +113,8 @@ class DraftModel(Drafter):
         ]
 
     def _depth(self, request: Request, row: int, length: int) -> int:
+        if not length:  # nothing but special tokens so far: there is no text to go on from
+            return 0
         depth = min(request.room, self.num_draft_tokens if self.branches == 1 else self.max_depth)
         if self.target.context is not None:
             prompt = self._memory.lengths[row] - len(self.fed[row])
@@ -115,7 +125,7 @@ class DraftModel(Drafter):
         tokens: list[list[int]] = [[] for _ in requests]
         drawn: list[list[Tensor]] = [[] for _ in requests]
         open_rows = {row for row, depth in enumerate(depths) if depth}
-        logits = self._feed([text[len(fed) :] for text, fed in zip(texts, self.fed, strict=True)])
+        logits = self._feed(self._pending(texts, depths))
         while open_rows:
             choice = logits.argmax(-1).tolist()
             sure = logits.float().softmax(-1).amax(-1).tolist() if self.min_confidence else None
@@ -155,7 +165,7 @@ class DraftModel(Drafter):
     def _trees(self, requests: Sequence[Request], texts: list[list[int]], depths: list[int]) -> list[Draft]:
         """Level by level the most probable nodes go on; what is kept are the most probable paths. arXiv 2406.16858."""
         builders = [_Growing() for _ in requests]
-        logits = self._feed([text[len(fed) :] for text, fed in zip(texts, self.fed, strict=True)])[:, None]
+        logits = self._feed(self._pending(texts, depths))[:, None]
         frontiers: list[list[int]] = [[ROOT] for _ in requests]
         before = list(self._memory.lengths)
         for level in range(max(depths)):
@@ -198,6 +208,10 @@ class DraftModel(Drafter):
         logits = self.target.forward(ids.to(device), self._memory, positions=positions.to(device), tree=mask.to(device))
         return logits.gather(1, at.to(device)[..., None].expand(-1, -1, logits.shape[-1]))
 
+    def _pending(self, texts: list[list[int]], depths: list[int]) -> list[list[int]]:
+        """What each row has not read yet; nothing for rows that do not draft: they may have no positions left."""
+        return [text[len(fed) :] if d else [] for text, fed, d in zip(texts, self.fed, depths, strict=True)]
+
     def _feed(self, rows: list[list[int]]) -> Tensor:
         """Read new tokens, each row its own number of them; logits [rows, V] after each row's last."""
         memory, before = self._memory, list(self._memory.lengths)
@@ -214,7 +228,7 @@ class DraftModel(Drafter):
         """Cut each row of the cache back to what its text still begins with; the newest token is always read anew."""
         lengths = list(self._memory.lengths)
         for row, (text, fed) in enumerate(zip(texts, self.fed, strict=True)):
-            right = min(len(fed), len(text) - 1)
+            right = max(0, min(len(fed), len(text) - 1))
             while fed[:right] != text[:right]:
                 right -= 1
             lengths[row] -= len(fed) - right
@@ -225,7 +239,7 @@ class DraftModel(Drafter):
         return not self.same or token < self.engine.target.lm_head.weight.shape[0]
 
     def _own_ids(self, request: Request) -> list[int]:
-        """The response in the small model's tokens. Never empty: the root stands for itself."""
+        """The response in the small model's tokens; empty where it has no text yet."""
         text = self.engine.writer.response_tokenizer.decode(request.tokens, skip_special_tokens=True)
         return list(self.writer.response_tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -272,6 +286,8 @@ class _Growing:
 
 def _difference(mine: Any, theirs: Any) -> str:
     """A token on which two tokenizers disagree, for an error message."""
+    if not hasattr(theirs, "get_vocab"):
+        return "the target's are not known here"
     first, second = mine.get_vocab(), theirs.get_vocab()
     for token, number in sorted(second.items(), key=lambda item: item[1]):
         if first.get(token) != number:

@@ -25,6 +25,7 @@ class PromptLookup(Drafter):
 
     def __post_init__(self) -> None:
         at_least(self, max_ngram=1, min_ngram=1, num_draft_tokens=1)
+        at_least(self, max_ngram=self.min_ngram)
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
         return [self._draft(request) for request in requests]

@@ -96,6 +96,7 @@ def stream(
     max_new_tokens: int = 256,
     stop: str | Sequence[str] = (),
     truncate: bool = False,
+    first_index: int = 0,
 ) -> Iterator[str]:
     """Write a response to one prompt and give its text piece by piece; joined, the pieces are `generate`'s text.
 
@@ -103,7 +104,14 @@ def stream(
     be. Arguments and errors as in `generate`; errors about the prompt are raised here, not at the first piece.
     """
     engine = _engine(model, drafter, rule, max_rows=1, patience=1)
-    requests = engine.requests([prompt], sampling=sampling, max_new_tokens=max_new_tokens, stop=stop, truncate=truncate)
+    requests = engine.requests(
+        [prompt],
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        truncate=truncate,
+        first_index=first_index,
+    )
     return _pieces(engine, requests[0])
 
 
@@ -114,16 +122,21 @@ def _engine(
         return Engine(model, drafter, rule=rule, max_rows=max_rows, patience=patience)
     if drafter is not None or rule != "auto":
         raise BatonError("an Engine has its own drafter and rule: give them where it is made")
-    if not model.idle:
-        raise BatonError("this Engine is writing other requests: submit to it, or wait until it is idle")
+    _check_idle(model)
     return model
 
 
+def _check_idle(engine: Engine) -> None:
+    if not engine.idle:
+        raise BatonError("this Engine is writing other requests: submit to it, or wait until it is idle")
+
+
 def _pieces(engine: Engine, request: Request) -> Iterator[str]:
+    _check_idle(engine)
     engine.submit([request])
     try:
         while request.finish_reason is None:
-            yield from (token.text for token in engine.step().tokens if token.text)
+            yield from (token.text for token in engine.step().tokens if token.text and token.request is request)
     finally:
         engine.cancel(request)
     if request.finish_reason == "error":

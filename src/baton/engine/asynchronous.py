@@ -40,8 +40,8 @@ class AsyncEngine:
 
     def _submit(self, prompt: str, **options: Any) -> Request:
         (request,) = self.engine.requests([prompt], **options)
-        self._queues[request] = asyncio.Queue()
         self.engine.submit([request])
+        self._queues[request] = asyncio.Queue()
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
         return request
@@ -64,11 +64,11 @@ class AsyncEngine:
                 while self._cancelled:
                     self.engine.cancel(self._cancelled.pop())
         except Exception as error:
-            for request, queue in self._queues.items():
+            for request, queue in self._queues.items():  # who waits is told; new requests find free rows
                 if request.finish_reason is None:
-                    request.end("error", str(error))
+                    self.engine.cancel(request)
+                    request.finish_reason, request.error = "error", str(error) or type(error).__name__
                 queue.put_nowait(None)
-            raise
 
     def _hand_out(self, progress: Progress) -> None:
         for token in progress.tokens:

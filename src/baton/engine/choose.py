@@ -67,17 +67,15 @@ class Chooser:
         values, own = best.values.tolist(), best.indices.tolist()
         verdicts: list[Verdict | None] = []
         for request, draft, tokens, scores in zip(requests, drafts, own, values, strict=True):
-            broken = False
 
-            def token_after(node: int) -> int:
-                nonlocal broken
-                broken |= not math.isfinite(scores[node + 1])  # noqa: B023 (called before the next turn)
+            def token_after(node: int) -> int | None:
+                if not math.isfinite(scores[node + 1]):  # noqa: B023 (called before the next turn)
+                    return None
                 depth = 0 if node == ROOT else draft.tree.depths[node]  # noqa: B023
                 forced = self.rules.forced(len(request.tokens) + depth, request.limit)  # noqa: B023
                 return tokens[node + 1] if forced is None else forced  # noqa: B023
 
-            verdict = verify.follow(draft, token_after)
-            verdicts.append(None if broken else verdict)
+            verdicts.append(verify.follow(draft, token_after, self.rules.ends))
         return verdicts
 
     def _walk(self, requests: Sequence[Request], drafts: Sequence[Draft], logits: Tensor) -> list[Verdict | None]:
@@ -95,9 +93,12 @@ class Chooser:
             moved = []
             for place, row in enumerate(live):
                 if broken[place]:
+                    if paths[row]:  # what came before is sound; its last token becomes the root that is looked at again
+                        *sound, last = paths[row]
+                        verdicts[row] = Verdict(tuple(sound), drafts[row].tokens[last])
                     continue
                 child, token = self._decide(requests[row], drafts[row], at[row], len(paths[row]), p[place], own[place])
-                if child is None:
+                if child is None or token in self.rules.ends:
                     verdicts[row] = Verdict(tuple(paths[row]), token)
                 else:
                     paths[row].append(child)

@@ -34,7 +34,7 @@ class Seen:
     requests: Sequence[Request]  # before the new tokens are appended
     drafts: Sequence[Draft]
     verdicts: Sequence[Verdict | None]  # None: the row has failed
-    logits: Tensor  # [b, n + 1, V], of the root and each node, padded; raw, in the model's dtype
+    logits: Tensor  # [b, n + 1, V], of the root and each node, padded, in the model's dtype; -inf for banned tokens
     hidden: dict[int, Tensor]  # layer -> [b, n + 1, d] of the layers that the drafter wants
 
 

@@ -14,6 +14,7 @@ from transformers.generation import (
     GenerateEncoderDecoderOutput,
     MaxLengthCriteria,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
@@ -32,30 +33,36 @@ from baton.models.text import pack
 from baton.models.writer import PromptInputs
 from baton.types import Rule, Sampling, Timings
 
-# What `generate` builds from settings that `Sampling` or `Rules` have too. Anything else would change the text unseen.
-APPLIED = (
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+# What `generate` builds from settings that `Sampling` or `Rules` have too: kind -> (its value, the setting it must
+# equal). Anything else, or the same kind with another value, would change the text unseen.
+APPLIED: dict[type, tuple[str, str] | None] = {
+    EosTokenCriteria: None,
+    ForcedBOSTokenLogitsProcessor: None,
+    ForcedEOSTokenLogitsProcessor: None,
+    MaxLengthCriteria: ("max_length", "max_length"),
+    MinPLogitsWarper: ("min_p", "min_p"),
+    RepetitionPenaltyLogitsProcessor: ("penalty", "repetition_penalty"),
+    SuppressTokensAtBeginLogitsProcessor: None,
+    SuppressTokensLogitsProcessor: None,
+    TemperatureLogitsWarper: ("temperature", "temperature"),
+    TopKLogitsWarper: ("top_k", "top_k"),
+    TopPLogitsWarper: ("top_p", "top_p"),
+}
 
 
-def custom_generate(drafter: Drafter | str | None = None, *, rule: Rule = "auto") -> Callable[..., Any]:
+def custom_generate(
+    drafter: Drafter | str | None = None, *, rule: Rule = "auto", streamer: Any = None
+) -> Callable[..., Any]:
     """A decoding method for `generate` of any causal or encoder-decoder model that the engine runs.
 
     `model.generate(**inputs, custom_generate=baton.custom_generate("token-recycling"))` gives the tokens of plain
-    `generate`, faster. Batches, left padding, `max_new_tokens`, end tokens, streamers and the sampling settings
-    temperature, top-k, top-p, min-p and repetition penalty are honoured; with `do_sample` the seed is drawn from
-    PyTorch's global generator. Other logits processors and stopping criteria are refused.
+    `generate`, faster. Batches, left padding, `max_new_tokens`, end tokens and the sampling settings temperature,
+    top-k, top-p, min-p and repetition penalty are honoured; with `do_sample` the seed is drawn from PyTorch's global
+    generator. Other logits processors and stopping criteria are refused.
 
     Args:
         drafter, rule: as in `baton.generate`.
+        streamer: one of transformers', for one prompt. To be given here: `generate` passes none to other methods.
     """
 
     def decode(
@@ -64,8 +71,6 @@ def custom_generate(drafter: Drafter | str | None = None, *, rule: Rule = "auto"
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         _refuse_others(logits_processor, stopping_criteria, generation_config, model_kwargs)
@@ -91,6 +96,11 @@ def custom_generate(drafter: Drafter | str | None = None, *, rule: Rule = "auto"
             )
             for row, ids in enumerate(writer.prompts)
         ]
+        start = engine.target.start
+        if start is not None and bool((input_ids[:, 0] != start).any()):
+            raise UnsupportedModel(f"decoder_start_token_id is {start} in the model's configuration and another here")
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
         engine.submit(requests)
         while not engine.idle:
             for token in engine.step().tokens:
@@ -102,7 +112,8 @@ def custom_generate(drafter: Drafter | str | None = None, *, rule: Rule = "auto"
             if request.finish_reason == "error":
                 raise UnsupportedModel(request.error)
         longest = max(len(request.tokens) for request in requests)
-        pad = generation_config.pad_token_id or 0
+        known = generation_config._pad_token_tensor  # where none is set, the end token
+        pad = 0 if known is None else int(known)
         new = torch.full((rows, longest), pad, dtype=input_ids.dtype, device=input_ids.device)
         for row, request in enumerate(requests):
             new[row, : len(request.tokens)] = torch.tensor(request.tokens, device=new.device)
@@ -166,8 +177,9 @@ def _sampling(config: Any) -> Sampling:
 
 
 def _refuse_others(processors: Any, criteria: Any, config: Any, kwargs: dict[str, Any]) -> None:
-    unknown = [type(p).__name__ for p in processors or [] if not isinstance(p, APPLIED)]
-    unknown += [type(c).__name__ for c in criteria or [] if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+    given = [*(processors or []), *(criteria or [])]
+    unknown = [type(each).__name__ for each in given if not _is_applied(each, config)]
+    unknown += [name for name in ("past_key_values", "token_type_ids") if _filled(kwargs.get(name))]
     unknown += [
         name
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -180,3 +192,21 @@ def _refuse_others(processors: Any, criteria: Any, config: Any, kwargs: dict[str
         raise UnsupportedModel(
             f"custom_generate does not apply {', '.join(unknown)}: drop them, or call generate without custom_generate"
         )
+
+
+def _is_applied(given: Any, config: Any) -> bool:
+    """Whether a processor or criterion does no more than a setting says that the engine applies itself."""
+    if type(given) is NoBadWordsLogitsProcessor:  # `Rules` bans single tokens
+        return all(len(words) == 1 for words in config.bad_words_ids or [])
+    ignored = getattr(given, "prompt_ignore_length", None)  # a tensor is `generate`'s own: padding, which never counts
+    if type(given) not in APPLIED or (isinstance(ignored, int) and ignored > 0):
+        return False
+    names = APPLIED[type(given)]
+    return names is None or getattr(given, names[0]) == getattr(config, names[1])
+
+
+def _filled(value: Any) -> bool:
+    """Whether an argument says something: a cache with entries, types that are not all the same."""
+    if isinstance(value, Tensor):
+        return bool(value.any())
+    return value is not None and getattr(value, "get_seq_length", lambda: 1)() > 0

@@ -173,11 +173,17 @@ class Engine:
         drafts = self._checked(self.drafter.propose(self.rows))
         self._wait()
         drafted = perf_counter()
-        with self.target.capture(self.drafter.layers) as hidden:
-            ids, positions, tree = self._inputs(drafts)
-            logits = self.target.forward(ids, self._memory, positions=positions, tree=tree)
-        verdicts = self.chooser(self.rows, drafts, logits)
+        before = list(self._memory.lengths)
+        try:
+            with self.target.capture(self.drafter.layers) as hidden:
+                ids, positions, tree = self._inputs(drafts)
+                logits = self.target.forward(ids, self._memory, positions=positions, tree=tree)
+            verdicts = self.chooser(self.rows, drafts, logits)
+        except BaseException:  # a step that may be tried again must not find half of this one
+            self._memory.truncate([min(pair) for pair in zip(before, self._memory.lengths, strict=True)])
+            raise
         self._memory.keep([[0, *(node + 1 for node in v.accepted)] if v else [0] for v in verdicts])
+        _clear_failed(self._memory, verdicts)
         self.drafter.observe(Seen(requests=self.rows, drafts=drafts, verdicts=verdicts, logits=logits, hidden=hidden))
         self._wait()
         ended = perf_counter()
@@ -187,7 +193,8 @@ class Engine:
             request.timings.draft_s += drafted - started
             request.timings.steps += 1
             new = self._append(request, draft, verdict)
-            request.steps.append(Step(len(draft), len(verdict.accepted) if verdict else 0, len(new)))
+            accepted = min(len(verdict.accepted), len(new)) if verdict else 0
+            request.steps.append(Step(len(draft), accepted, len(new)))
             tokens += new
         return tokens
 
@@ -206,6 +213,7 @@ class Engine:
             logits, memory = self.target.prefill(inputs)
         nothing = [NOTHING] * len(requests)
         verdicts = self.chooser(requests, nothing, logits[:, None])
+        _clear_failed(memory, verdicts)
         self._wait()
         timings.prefill_s = perf_counter() - started
         tokens: list[Token] = []
@@ -253,8 +261,9 @@ class Engine:
         rows = min(self.max_rows, len(requests))
         slots = max((r.limit + (len(r.prompt_ids) if self.target.reads_prompt else 1) for r in requests), default=0)
         each, free = slot_bytes(self.target.model), free_bytes(self.target.device)
-        if self.memory is not None:
-            free += each * sum(self.memory.lengths)
+        memory = self.memory  # another thread may be in the middle of a step
+        if memory is not None:
+            free += each * sum(memory.lengths)
         if rows * slots * each > free:
             raise MemoryShort(
                 f"{rows} rows of {slots} positions need {rows * slots * each / 1e9:.1f} GB for keys and values, and "
@@ -299,3 +308,9 @@ class Engine:
     def _wait(self) -> None:
         if self.target.device.type == "cuda":  # so that seconds are counted where they are spent
             torch.cuda.synchronize(self.target.device)
+
+
+def _clear_failed(memory: Memory, verdicts: Sequence[Verdict | None]) -> None:
+    for row, verdict in enumerate(verdicts):
+        if verdict is None:
+            memory.clear(row)

@@ -86,11 +86,12 @@ class HandoffModel(PreTrainedModel):
         self.prompt_map = None if config.same_tokenizer else nn.Linear(embedding_width, width, bias=False)
         self.constant = nn.Parameter(torch.zeros(width), requires_grad=options.signal == "constant")
         self.signal: Signal = options.signal
-        self.soft_prompt = None
+        self.soft_prompt: nn.Embedding | None = None
         if options.signal == "prompt":  # starts as embeddings of random tokens, where the SLM is at home
             table = slm.get_input_embeddings().weight
             drawn = torch.randint(len(table), (options.prompt_length,), device=table.device)
-            self.soft_prompt = nn.Parameter(table.detach()[drawn].clone())
+            # A table of its own, so that optimizers treat it as one.
+            self.soft_prompt = nn.Embedding.from_pretrained(embed_tokens(slm, drawn).detach().clone(), freeze=False)
         self.prompt_tokenizer, self.response_tokenizer = prompt_tokenizer, response_tokenizer
         self._encoder = encoder
         _set_trainable(self, options)
@@ -113,7 +114,7 @@ class HandoffModel(PreTrainedModel):
 
     def fresh_modules(self) -> list[nn.Module]:
         """What starts untrained, beside an SLM that starts trained: it may learn at a higher rate."""
-        return [m for m in (self.projector, self.mix, self.prompt_map) if m is not None]
+        return [m for m in (self.projector, self.mix, self.prompt_map, self.soft_prompt) if m is not None]
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -126,7 +127,7 @@ class HandoffModel(PreTrainedModel):
         if self.soft_prompt is not None:
             limits["the LLM"] = None  # reads nothing
             if limits["the SLM"]:
-                limits["the SLM"] -= len(self.soft_prompt)
+                limits["the SLM"] -= self.soft_prompt.num_embeddings
         elif limits["the SLM"] and self.config.handoff.fusion == "concatenate":
             limits["the SLM"] //= 2
         return {name: limit for name, limit in limits.items() if limit}
@@ -137,7 +138,7 @@ class HandoffModel(PreTrainedModel):
         if self.slm.config.is_encoder_decoder:
             return positions
         if self.soft_prompt is not None:
-            return positions - prompt_tokens - len(self.soft_prompt)
+            return positions - prompt_tokens - self.soft_prompt.num_embeddings
         return positions - prompt_tokens * (2 if self.config.handoff.fusion == "concatenate" else 1)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> "HandoffModel":
@@ -171,7 +172,7 @@ class HandoffModel(PreTrainedModel):
         """
         if self.signal == "prompt":
             assert self.soft_prompt is not None
-            return prefix(self.prompt_embeddings(ids), self.soft_prompt, mask)
+            return prefix(self.prompt_embeddings(ids), self.soft_prompt.weight, mask)
         if self.signal == "zero":
             z = self.constant.new_zeros(*ids.shape, len(self.constant))
         elif self.signal == "constant":

@@ -98,7 +98,9 @@ def train_handoff(
 
 
 def fit_projector(model: HandoffModel, data: PairDataset, steps: int, seed: int = 0, batch_size: int = 128) -> float:
-    """Teach the projector alone to give back the SLM's own embeddings of the prompt's tokens.
+    """Teach the projector alone to give back the SLM's side of the fusion: its embeddings of the prompt's tokens.
+
+    With two tokenizers that is the LLM's own embeddings through the map to the SLM's width, which starts random.
 
     Where training starts from Z = 0, or from noise, what a trained SLM learns first is that Z does not help, and the
     projector's units die; from here on Z already means something to the SLM, and the SLM still writes as before.

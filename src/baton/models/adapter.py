@@ -45,6 +45,13 @@ class Target(ABC):
         self.layer_kinds, self.window = _window(config)
         self.lm_head = model.get_output_embeddings()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
+        if changing := kinds & {"dynamic", "longrope"}:
+            raise UnsupportedModel(
+                f"rotary positions of type {', '.join(sorted(changing))} change with the longest row of a pass, so a "
+                "row's text would depend on its neighbours and on drafts"
+            )
         attention = model.config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise UnsupportedModel(
@@ -230,6 +237,8 @@ class DecoderOnly(Target):
         own = memory.own
         if positions is None:
             positions = next_positions(own, self.device)
+        if self.context is not None and own.count > 1:  # padding beside a longer draft may lie past a position table
+            positions = positions.clamp(max=self.context - 1)
         alone = own.even and own.count == 1 and self.window is None
         hidden: Tensor = self.decoder(
             input_ids=ids,
@@ -279,14 +288,12 @@ class EncoderDecoder(Target):
         own, cross = memory.own, memory.cross
         assert cross is not None
         arguments: dict[str, Any] = {}
-        hook = None
         stock = positions is None and own.even  # the table is indexed by the cache's length
         positions = next_positions(own, self.device) if positions is None else positions
+        placing = contextlib.nullcontext() if stock or self.position_table is None else self._placing(positions)
         if self.position_table is None:
             arguments["position_ids"] = positions
-        elif not stock:
-            hook = self._place(positions)
-        try:
+        with placing:
             hidden: Tensor = self.decoder(
                 input_ids=ids,
                 attention_mask=self.masks(own, positions, tree),
@@ -296,22 +303,24 @@ class EncoderDecoder(Target):
                 use_cache=True,
                 **arguments,
             ).last_hidden_state
-        finally:
-            if hook is not None:
-                hook.remove()
         return hidden
 
     def unembed(self, hidden: Tensor) -> Tensor:
         logits = super().unembed(hidden)
         return logits if self.logits_bias is None else logits + self.logits_bias
 
-    def _place(self, positions: Tensor) -> Any:
-        """For one call, give the decoder the position embeddings of these positions, per row."""
-        table = self.position_table
-        assert table is not None
+    @contextlib.contextmanager
+    def _placing(self, positions: Tensor) -> Iterator[None]:
+        """For a while, the decoder's position table gives the embeddings of these positions, per row."""
+        table: Any = self.position_table
         offset = getattr(table, "offset", 0)  # BART's table starts with two unused rows
-        embeddings = F.embedding(positions + offset, table.weight)
-        return table.register_forward_hook(lambda module, args, output: embeddings)
+        # Padding may lie past the table, and so may what stock code would look up: one position per node of a tree.
+        embeddings = F.embedding((positions + offset).clamp(max=len(table.weight) - 1), table.weight)
+        table.forward = lambda *args, **kwargs: embeddings
+        try:
+            yield
+        finally:
+            del table.forward
 
 
 class T5(EncoderDecoder):

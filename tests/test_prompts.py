@@ -81,7 +81,7 @@ def test_padding() -> None:
 def test_prompt_inputs_are_ids_or_embeddings() -> None:
     mask = torch.ones(1, 1, dtype=torch.long)
     for arguments in ({}, {"ids": mask, "embeds": torch.ones(1, 1, 2)}):
-        with pytest.raises(ValueError, match="either ids or embeds"):
+        with pytest.raises(ValueError, match="one of ids, embeds and states"):
             PromptInputs(mask=mask, **arguments)
 
 

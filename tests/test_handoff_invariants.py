@@ -3,6 +3,7 @@
 Learning and cost (19 to 23) are in `test_handoff_training.py` and `test_handoff_cost.py`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from handoffs import (
     SAME,
     Case,
     calls,
+    folder,
     handoff,
     label_batch,
     other_tokenizer,
@@ -29,10 +31,11 @@ from torch import Tensor, nn
 from baton.engine import generate
 from baton.errors import PromptError
 from baton.handoff.model import HandoffModel
+from baton.models.loading import load
 from baton.models.text import IGNORE, TextToText, response_logits, shift_right
 from baton.train.dataset import PairDataset
 from baton.train.trainer import adamw, response_loss
-from baton.types import Pair, Timings
+from baton.types import Pair, Sampling, Timings
 
 ENCODER_DECODER, DECODER_ONLY_OTHER = CASES[0], CASES[2]
 # Every pair of models with the paper's fusion, and every fusion with one SLM of each kind.
@@ -529,5 +532,19 @@ def test_18_too_long_prompts_are_refused_or_cut_once_for_both_paths(fusion: str,
 # --- Speculative extension ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skip(reason="drafting comes later; that the prompt is read once in all is test_06")
-def test_24_greedy_speculative_output_is_the_llms_own() -> None: ...
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+def test_24_speculative_output_is_the_llms_own(case: Case, tmp_path: Path) -> None:
+    """Greedy it is transformers' own, sampled it is plain sampling's; the LLM reads once, for both models."""
+    handoff(case).save_pretrained(tmp_path)
+    llm: Any = load(folder(case.llm), dtype="float32")
+    spec = f"handoff:model={tmp_path}"
+    for sampling in (Sampling(), Sampling(temperature=1.2, seed=4)):
+        plain = generate(llm, PROMPTS, max_new_tokens=12, sampling=sampling)
+        with calls(llm.lm.get_encoder()) as reads:
+            found = generate(llm, PROMPTS, max_new_tokens=12, sampling=sampling, drafter=spec, batch_size=len(PROMPTS))
+        assert [output.token_ids for output in found] == [output.token_ids for output in plain]
+        assert len(reads) == 1
+    for prompt, output in zip(PROMPTS, generate(llm, PROMPTS, max_new_tokens=12, drafter=spec), strict=True):
+        ids = llm.tokenizer(prompt, return_tensors="pt").input_ids
+        expected = llm.lm.generate(ids, max_new_tokens=12, do_sample=False)[0, 1:].tolist()
+        assert output.token_ids == expected

@@ -1,20 +1,17 @@
 """`baton audit`: does drafting change a single token?"""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from baton.cli.command import command, fail
-from baton.cli.console import err, out, progress_bar
+from baton.cli.command import command
+from baton.cli.console import out, progress_bar
 from baton.cli.generate import load_writer
 from baton.cli.options import Machine
-from baton.cli.sources import check_source
-from baton.data.formats import read_prompts
-from baton.drafters import WITHOUT_MODEL, make
+from baton.cli.sources import check_methods, check_source, first_prompts, write_json
+from baton.drafters import WITHOUT_MODEL
 
 REFUTED = 1
 
@@ -52,13 +49,9 @@ def audit(
     difference where the two best tokens are closer than rounding is a near-tie and shown with its gap; any other is a
     bug. Methods that draw are tested by the law of what they emit. Exit code 1 when something is refuted.
     """
-    methods = method or WITHOUT_MODEL
-    for name in methods:
-        make(name)  # a wrong name is better known before a model is loaded
+    methods = check_methods(method)
     check_source(model, llm)
-    prompts = read_prompts(data)[:limit]
-    if not prompts:
-        fail(f"{data} holds no prompt")
+    prompts = first_prompts(data, limit)
     machine.prepare()
     writer = load_writer(model, llm, machine)
     from baton.audit import audit as run
@@ -73,10 +66,7 @@ def audit(
             batch_sizes=batch_size,
             progress=lambda what, done, total: bar.update(task, completed=done),
         )
-    text = json.dumps(report.to_dict(), ensure_ascii=False, indent=1) + "\n"
-    if as_json == "-":
-        sys.stdout.write(text)
-    else:
+    if not write_json(as_json, report.to_dict()):
         table = Table(title=f"{model}: {len(prompts)} prompts, {report.settings['dtype']}")
         for heading in ("method", "texts", "tokens", "tokens per step", "near-ties", "bugs", "chi-square (p)", ""):
             table.add_column(heading, justify="left" if heading in ("method", "") else "right")
@@ -102,8 +92,5 @@ def audit(
                 )
             for failure in each.failed[:10]:
                 out.print(f"{each.name}: {failure}", highlight=False)
-    if as_json not in (None, "-"):
-        Path(as_json).write_text(text, encoding="utf-8")
-        err.print(f"wrote {as_json}", soft_wrap=True)
     if not report.exact:
         raise typer.Exit(REFUTED)

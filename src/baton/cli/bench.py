@@ -1,7 +1,5 @@
 """`baton bench`: which method is fastest, measured."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +7,12 @@ import typer
 from rich import box
 from rich.table import Table
 
-from baton.cli.command import command, fail
-from baton.cli.console import err, out, progress_bar
+from baton.cli.command import command
+from baton.cli.console import out, progress_bar
 from baton.cli.generate import load_writer
 from baton.cli.options import Machine
-from baton.cli.sources import check_source
-from baton.data.formats import read_prompts
-from baton.drafters import WITHOUT_MODEL, make
+from baton.cli.sources import check_methods, check_source, first_prompts, write_json
+from baton.drafters import WITHOUT_MODEL
 
 bench_app = typer.Typer(help="Measure speed: methods interleaved on the same prompts.", no_args_is_help=True)
 
@@ -58,13 +55,9 @@ def decode(
     Every group of prompts is written by each method in turn. Tokens per second are all tokens over all seconds, with
     the quartiles of groups; speed-up is the median over groups of plain decoding's time over the method's.
     """
-    methods = method or WITHOUT_MODEL
-    for name in methods:
-        make(name)  # a wrong name is better known before a model is loaded
+    methods = check_methods(method)
     check_source(model, llm)
-    prompts = read_prompts(data)[:limit]
-    if not prompts:
-        fail(f"{data} holds no prompt")
+    prompts = first_prompts(data, limit)
     machine.prepare()
     writer = load_writer(model, llm, machine)
     from baton.bench.decode import bench_decode
@@ -89,14 +82,8 @@ def decode(
             assistant=assistant,
             progress=show,
         )
-    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-    if as_json == "-":
-        sys.stdout.write(text)
-    else:
+    if not write_json(as_json, report):
         out.print(table(report, f"{model}: {len(prompts)} prompts, {report['settings']['dtype']}, greedy"))
-    if as_json not in (None, "-"):
-        Path(as_json).write_text(text, encoding="utf-8")
-        err.print(f"wrote {as_json}", soft_wrap=True)
 
 
 def table(report: dict[str, Any], title: str) -> Table:

@@ -81,7 +81,7 @@ def expand(parameters: Iterable[Parameter]) -> tuple[list[Parameter], Callable[[
     def collect(values: dict[str, Any]) -> dict[str, Any]:
         for name, cls in groups.items():
             hints = get_type_hints(cls)
-            fields = {f.name: _from_cli(values.pop(f.name), hints[f.name]) for f in _on_cli(cls)}
+            fields = {f.name: _from_cli(values.pop(f.name), hints[f.name]) for f in on_cli(cls)}
             values[name] = cls(**fields)
         return values
 
@@ -127,7 +127,7 @@ def field_help(cls: type) -> dict[str, str]:
     return {name: names.sub(lambda m: "--" + m[0].replace("_", "-"), text) for name, text in texts.items()}
 
 
-def _on_cli(cls: type) -> list[dataclasses.Field[Any]]:
+def on_cli(cls: type) -> list[dataclasses.Field[Any]]:
     """The fields that have a form as an option; others say so with `metadata={"cli": False}`."""
     return [field for field in dataclasses.fields(cls) if field.metadata.get("cli", True)]
 
@@ -139,7 +139,7 @@ def _panel(name: str) -> str:
 def _field_options(cls: type, instance: Any, *, panel: str) -> list[Parameter]:
     hints, texts = get_type_hints(cls), field_help(cls)
     parameters = []
-    for field in _on_cli(cls):
+    for field in on_cli(cls):
         hint = hints[field.name]
         annotation, metavar, check = _to_cli(hint)
         default = field.default if instance is None else getattr(instance, field.name)

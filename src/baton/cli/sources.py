@@ -1,14 +1,22 @@
-"""Names of models on the command line: a misspelt folder should not become a slow search on the Hub."""
+"""What commands are given and give: models, methods, prompts, results as JSON. Checked before anything slow starts."""
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
-from baton.errors import BatonError, nearest
+from baton.cli.console import err
+from baton.data.formats import read_prompts
+from baton.data.storage import storage_errors
+from baton.drafters import WITHOUT_MODEL, make
+from baton.errors import BatonError, DataError, nearest
 
 
 def check_source(*sources: str | None) -> None:
-    """Raise BatonError for what can only be a folder and is not there. Hub ids (`name`, `owner/name`) pass, and None.
+    """A misspelt folder should not become a slow search on the Hub: Hub ids (`name`, `owner/name`) pass, and None.
 
-    `owner/name` counts as a folder where `owner` is one here that has models in it.
+    Raises: BatonError for what can only be a folder and is not there. `owner/name` counts as a folder where `owner`
+        is one here that has models in it.
     """
     for source in sources:
         if source is None or Path(source).is_dir():
@@ -22,3 +30,33 @@ def check_source(*sources: str | None) -> None:
         if folder or (siblings and len(path.parts) == 2):
             hint = nearest(path.name, siblings) if siblings else "give the folder or Hub id of a model"
             raise BatonError(f"there is no folder {source}: {hint}")
+
+
+def check_methods(given: list[str]) -> list[str]:
+    """Drafting methods, those that need no model by default; a wrong name is better known before a model is loaded."""
+    methods = given or WITHOUT_MODEL
+    for name in methods:
+        make(name)
+    return methods
+
+
+def first_prompts(path: Path, limit: int) -> list[str]:
+    """The first prompts of a file. Raises: DataError when it holds none."""
+    prompts = read_prompts(path)[:limit]
+    if not prompts:
+        raise DataError(f"{path} holds no prompt")
+    return prompts
+
+
+def write_json(target: str | None, value: Any) -> bool:
+    """A result as JSON into a file, or to stdout for `-`; whether stdout is taken by it."""
+    if target is None:
+        return False
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return True
+    with storage_errors(Path(target)):
+        Path(target).write_text(text, encoding="utf-8")
+    err.print(f"wrote {target}", soft_wrap=True)
+    return False

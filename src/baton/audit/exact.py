@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from baton.engine import Engine, generate
+from baton.drafters import make
+from baton.engine import generate
 from baton.engine.rules import Rules
 from baton.errors import BatonError
 from baton.models.adapter import Target, target_for
@@ -114,9 +115,8 @@ def audit(
         },
     )
     for number, spec in enumerate(methods):
-        engine = Engine(writer, spec)
         method = Method(spec)
-        draws = bool(getattr(engine.drafter, "sample", False))
+        draws = bool(getattr(make(spec), "sample", False))
         steps = emitted = 0
         for name, outputs in plain.items():
             if draws and name == "seeded":
@@ -206,7 +206,7 @@ def _law(writer: Writer, spec: str, prompt: str, runs: int) -> tuple[float, floa
     starts = Counter(output.token_ids[0] for output in made)
     target = target_for(writer.lm)
     expected: dict[tuple[int, int], float] = {}
-    ends = Engine(writer).rules.ends
+    ends = Rules.of(writer).ends
     for first, count in starts.items():
         after = [()] if first in ends else _likely(writer, target, prompt, [first], sampling)
         for entry in after:

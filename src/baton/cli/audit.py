@@ -7,7 +7,8 @@ import typer
 from rich.table import Table
 
 from baton.cli.command import command
-from baton.cli.console import out, progress_bar
+from baton.cli.console import out
+from baton.cli.evaluate import measuring
 from baton.cli.generate import load_writer
 from baton.cli.options import Machine
 from baton.cli.sources import check_methods, check_source, first_prompts, write_json
@@ -56,15 +57,14 @@ def audit(
     writer = load_writer(model, llm, machine)
     from baton.audit import audit as run
 
-    with progress_bar() as bar:
-        task = bar.add_task("methods", total=len(methods))
+    with measuring() as progress:
         report = run(
             writer,
             methods,
             prompts,
             max_new_tokens=max_new_tokens,
             batch_sizes=batch_size,
-            progress=lambda what, done, total: bar.update(task, completed=done),
+            progress=progress,
         )
     if not write_json(as_json, report.to_dict()):
         table = Table(title=f"{model}: {len(prompts)} prompts, {report.settings['dtype']}")

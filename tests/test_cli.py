@@ -239,6 +239,8 @@ def test_the_nearest_known_name_is_shown(arguments: str, hint: str) -> None:
         ("generate {models}/llm -i {models}/pairs.jsonl", ["--output"]),
         ("generate {models}/llm -i {models}/none.txt -o {tmp}/o.jsonl", ["none.txt", "No such file"]),
         ("generate {models}/llm -p a --top-p 2", ["top_p=2.0", "(0, 1]"]),
+        ("generate {models}/llm -p a --logit-bias e=much", ["e=much", "TEXT=NUMBER"]),
+        ("generate {models}/llm -p a --logit-bias xyzzy=1", ["tokens here", "by id"]),
         ("generate {models}/llm -p a --device toaster", ["--device toaster"]),
         ("generate {models}/llm -p a --threads -1", ["--threads -1"]),
         ("generate {models}/llm -p a --llm {models}/slm", ["no hand-off"]),
@@ -357,6 +359,15 @@ def test_sampling_options_reach_the_engine(models: Path) -> None:
     text = baton.generate(models / "llm", ["The cat"], sampling=sampling, max_new_tokens=8)[0].text
     flags = "--temperature 1.5 --top-k 50 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.2 --seed 5"
     assert run("generate", models / "llm", "-p", "The cat", *flags.split(), *GREEDY).stdout == text + "\n"
+
+
+def test_words_and_biases_reach_the_engine(models: Path) -> None:
+    """A token is made certain, by its text and by its id; and then it is banned all the same."""
+    arguments = ["generate", models / "llm", "-p", "The cat.", *GREEDY]
+    token = tiny.tokenizer()("e", add_special_tokens=False)["input_ids"][-1]
+    for name in ("e", str(token)):
+        assert run(*arguments, "--logit-bias", f"{name}=1000").stdout.strip() == "e" * 8
+    assert "eee" not in run(*arguments, "--logit-bias", "e=1000", "--bad-word", "e").stdout
 
 
 def test_json_has_prompt_text_reason_and_tokens(models: Path) -> None:

@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from baton.engine import generate, stream
+from baton.engine import Engine, generate, stream
 from baton.engine.rules import Rules
 from baton.engine.text import TextStream
 from baton.errors import BatonError, PromptError
@@ -354,6 +354,24 @@ def test_responses_stop_where_positions_end() -> None:
     writer = tiny.language_model("bart", max_position_embeddings=12)
     (output,) = generate(writer, ["The cat."], max_new_tokens=100)
     assert len(output.token_ids) == 12
+
+
+def test_max_length_bounds_prompt_and_response() -> None:
+    """The engine's own limit does what a model's does: prompts are refused or cut by it, responses end at it."""
+    writer = tiny.language_model("llama")
+    length = len(writer.tokenizer("The cat.")["input_ids"])
+    engine = Engine(writer, max_length=length + 4)
+    (output,) = generate(engine, ["The cat."], max_new_tokens=100)
+    (longer,) = generate(writer, ["The cat."], max_new_tokens=100)
+    assert output.token_ids == longer.token_ids[:5] and output.finish_reason == "length"
+    with pytest.raises(PromptError, match=rf"this engine \(max_length={length + 4}\) reads at most {length + 3}"):
+        generate(engine, ["the dog " * 30])
+    (cut,) = generate(engine, ["the dog " * 30], truncate=True)
+    assert len(cut.token_ids) == 2  # one position is left for the first token; nothing is read after the last
+    (short,) = generate(Engine(tiny.language_model("t5"), max_length=6), ["The cat and the dog."], max_new_tokens=100)
+    assert len(short.token_ids) <= 6
+    with pytest.raises(BatonError, match="max_length=1: it must be 2 or more"):
+        Engine(writer, max_length=1)
 
 
 def test_prompt_errors_come_before_any_work() -> None:

@@ -133,24 +133,12 @@ class Draft:
     @classmethod
     def paths(cls, paths: Iterable[Sequence[int]], source: str = "", scores: Iterable[float] = ()) -> "Draft":
         """Continuations, each from the root; equal beginnings become one. A node's score is its best path's."""
-        tokens: list[int] = []
-        parents: list[int] = []
-        best: list[float] = []
-        known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
-        given = list(scores)
+        grown, given = _Grown(), list(scores)
         for index, path in enumerate(paths):
             at = ROOT
             for token in path:
-                node = known.get((at, token))
-                if node is None:
-                    node = known[at, token] = len(tokens)
-                    tokens.append(token)
-                    parents.append(at)
-                    best.append(given[index] if given else 0.0)
-                elif given:
-                    best[node] = max(best[node], given[index])
-                at = node
-        return cls(tokens=tokens, tree=Tree(parents), source=source, scores=best if given else ())
+                at = grown.add(at, token, source, given[index] if given else 0.0)
+        return grown.draft(source, scored=bool(given))
 
     def sources(self) -> Sequence[str]:
         """Who proposed each node."""
@@ -165,25 +153,14 @@ class Draft:
             raise DraftError(
                 "drafts with drawn children cannot be merged: their acceptance rule counts on every sibling"
             )
-        tokens, parents, sources = list(self.tokens), list(self.tree.parents), list(self.sources())
-        scored = bool(self.scores or other.scores)
-        scores = list(self.scores or [0.0] * len(self))
-        known = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
-        place = {ROOT: ROOT}
-        for node, (parent, token, source) in enumerate(
-            zip(other.tree.parents, other.tokens, other.sources(), strict=True)
-        ):
-            key, score = (place[parent], token), other.scores[node] if other.scores else 0.0
-            if key in known:
-                scores[known[key]] = max(scores[known[key]], score)
-            else:
-                known[key] = len(tokens)
-                tokens.append(token)
-                parents.append(key[0])
-                sources.append(source)
-                scores.append(score)
-            place[node] = known[key]
-        return Draft(tokens=tokens, tree=Tree(parents), source=sources, scores=scores if scored else ())
+        grown = _Grown()
+        for draft in (self, other):
+            place = {ROOT: ROOT}
+            scores = draft.scores or [0.0] * len(draft)
+            nodes = zip(draft.tree.parents, draft.tokens, draft.sources(), scores, strict=True)
+            for node, (parent, token, source, score) in enumerate(nodes):
+                place[node] = grown.add(place[parent], token, source, score)
+        return grown.draft(grown.sources, scored=bool(self.scores or other.scores))
 
     def prune(self, budget: int) -> "Draft":
         """The best-scored nodes, at most `budget`, each with its whole path.
@@ -223,6 +200,32 @@ class Draft:
             scores=[self.scores[node] for node in nodes] if self.scores else (),
             drawn={place[p]: q for p, q in self.drawn.items() if p in place and place[p] in has_children},
         )
+
+
+class _Grown:
+    """A tree that grows node by node; the same token after the same path is one node."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.sources: list[str] = []
+        self.scores: list[float] = []
+        self._known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+
+    def add(self, parent: int, token: int, source: str, score: float) -> int:
+        """The node of this token after `parent`: a new one, or the one there is, with the better score."""
+        node = self._known.setdefault((parent, token), len(self.tokens))
+        if node == len(self.tokens):
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.sources.append(source)
+            self.scores.append(score)
+        else:
+            self.scores[node] = max(self.scores[node], score)
+        return node
+
+    def draft(self, source: str | Sequence[str], *, scored: bool) -> Draft:
+        return Draft(tokens=self.tokens, tree=Tree(self.parents), source=source, scores=self.scores if scored else ())
 
 
 NOTHING = Draft()

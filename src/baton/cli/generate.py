@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -59,6 +61,11 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
     stop: Annotated[list[str], typer.Option(help="End an answer before this text, repeatable.")] = [],  # noqa: B006
+    bad_word: Annotated[list[str], typer.Option(metavar="TEXT", help="Never write this word, repeatable.")] = [],  # noqa: B006
+    logit_bias: Annotated[
+        list[str],
+        typer.Option(metavar="TEXT=NUMBER", help="Add to the logit of a token, by its text or id, repeatable."),
+    ] = [],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at the same time.")] = 32,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long for the model.")] = False,
     drafter: Annotated[
@@ -96,6 +103,12 @@ def generate(
         read_prompts(input)  # a malformed row is better known before a model is loaded
     machine.prepare()
     writer = load_writer(model, llm, machine)
+    tokenizer = writer.response_tokenizer
+    sampling = replace(
+        sampling,
+        bad_words=tuple(ids for word in bad_word for ids in sorted(word_tokens(tokenizer, word))),
+        logit_bias=tuple(token_bias(tokenizer, entry) for entry in logit_bias),
+    )
     options: dict[str, Any] = {
         "sampling": sampling,
         "max_new_tokens": max_new_tokens,
@@ -124,6 +137,40 @@ def load_writer(model: str, llm: str | None, machine: Machine) -> Any:
         if llm is None:
             return baton.load(model, dtype=machine.dtype, device=machine.device)
         return baton.HandoffModel.from_pretrained(model, llm=llm, dtype=machine.dtype, device=machine.device)
+
+
+def word_tokens(tokenizer: Any, word: str) -> set[tuple[int, ...]]:
+    """The token sequences that write a word: alone, and with its space, as most tokenizers write it inside a text."""
+    if not word.strip():
+        fail("--bad-word: give a word")
+    return {tuple(ids) for text in (word, f" {word}") for ids in (_ids(tokenizer, text), _pieces(tokenizer, text))}
+
+
+def token_bias(tokenizer: Any, entry: str) -> tuple[int, float]:
+    """(token id, what is added) from `TEXT=NUMBER` or `ID=NUMBER`. Exits for what is neither."""
+    text, _, number = entry.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not text or not math.isfinite(value):
+        fail(f"--logit-bias {entry}: give TEXT=NUMBER, such as ' yes=2.5', or ID=NUMBER")
+    if text.isdecimal() and int(text) < len(tokenizer):
+        return int(text), value
+    ids = _pieces(tokenizer, text)
+    if len(ids) != 1:
+        pieces = ", ".join(f"{tokenizer.decode([i])!r} ({i})" for i in ids)
+        fail(f"--logit-bias {entry}: {text!r} is {len(ids)} tokens here, {pieces}: give one of them, by id")
+    return ids[0], value
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _pieces(tokenizer: Any, text: str) -> list[int]:
+    """Without a piece that only says where a word begins."""
+    return [i for i in _ids(tokenizer, text) if tokenizer.decode([i])]
 
 
 def prompt_lines(prompts: list[str]) -> Iterator[str]:
@@ -243,7 +290,7 @@ def answer_file(engine: Any, prompts: list[str], path: Path, options: dict[str, 
 
     # All of them first: a prompt that is too long should not be found after an hour.
     writer = engine.writer
-    tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=options["truncate"])
+    tokenize_prompts(writer.prompt_tokenizer, prompts, engine.prompt_limits, truncate=options["truncate"])
     total = len(prompts)
     with contextlib.closing(OutputFile(path, prompts, overwrite=overwrite)) as file:
         if file.done == total:

@@ -57,6 +57,8 @@ class Engine:
         rule: how drafts are verified. `auto` is lossless: recursive rejection for children that were drawn,
             sample-and-match for all others. `typical` is not.
         max_rows: most requests written at once; others wait.
+        max_length: most positions of a row, prompt and response (of an encoder-decoder, the response alone); None is
+            as many as the model has. Bounds the memory that a request can ask for.
         patience: rows that must be free before waiting requests are read, unless none is being written: reading
             several prompts in one pass is cheaper, reading at once answers earlier.
         rules: what is demanded of single tokens; None reads it from the checkpoint.
@@ -71,15 +73,23 @@ class Engine:
         *,
         rule: Rule = "auto",
         max_rows: int = 32,
+        max_length: int | None = None,
         patience: int = 1,
         rules: Rules | None = None,
     ) -> None:
         if max_rows < 1:
             raise BatonError(f"max_rows={max_rows}: it must be 1 or more")
+        if max_length is not None and max_length < 2:
+            raise BatonError(f"max_length={max_length}: it must be 2 or more, for a prompt and a response")
         self.writer: Writer = load(model) if isinstance(model, (str, Path)) else model
         if self.writer.lm.training:
             raise BatonError("the model is in training mode, where dropout spoils what it writes: call its eval()")
         self.target: Target = target_for(self.writer.lm)
+        self.prompt_limits = dict(self.writer.prompt_limits)
+        if max_length is not None:
+            self.target.context = min(max_length, self.target.context or max_length)
+            if self.target.reads_prompt:
+                self.prompt_limits[f"this engine (max_length={max_length})"] = max_length - 1
         self.rules = rules or Rules.of(self.writer)
         self.chooser = Chooser(self.rules, rule)
         if isinstance(drafter, str):
@@ -115,7 +125,7 @@ class Engine:
         if not all(stops):
             raise BatonError("a stop string is empty: it would end every response before it starts")
         writer = self.writer
-        encoded = tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=truncate)
+        encoded = tokenize_prompts(writer.prompt_tokenizer, prompts, self.prompt_limits, truncate=truncate)
         made = []
         for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
             request = Request(
@@ -268,7 +278,7 @@ class Engine:
             raise MemoryShort(
                 f"{rows} rows of {slots} positions need {rows * slots * each / 1e9:.1f} GB for keys and values, and "
                 f"{free / 1e9:.1f} GB are free: {free // (each * slots)} rows of that length fit (max_rows, "
-                f"--batch-size), or {rows} rows of {free // (each * rows)} positions (max_new_tokens)"
+                f"--batch-size), or {rows} rows of {free // (each * rows)} positions (max_length, max_new_tokens)"
             )
 
     def _checked(self, drafts: list[Draft]) -> list[Draft]:

@@ -29,7 +29,17 @@ from baton.handoff.model import HandoffModel
 from baton.train.options import TrainOptions
 from baton.types import Output, Pair, Sampling
 
-COMMANDS = ["generate", "train handoff", "eval handoff", "label", "bench decode", "audit", "demo", "info"]
+COMMANDS = [
+    "generate",
+    "train handoff",
+    "eval handoff",
+    "label",
+    "bench decode",
+    "bench compare",
+    "audit",
+    "demo",
+    "info",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -134,7 +134,10 @@ def accounted(output: Output) -> None:
     assert sum(step.emitted for step in output.steps) == len(output.token_ids) - 1
     drafted = sum(source != "target" for source in output.sources)
     assert drafted <= sum(step.accepted for step in output.steps) <= drafted + 8  # the last may be cut
-    assert all(0 <= step.accepted <= step.drafted and 1 <= step.emitted <= step.accepted + 1 for step in output.steps)
+    assert all(
+        0 <= step.accepted <= step.evaluated <= step.num_drafted and 1 <= step.emitted <= step.accepted + 1
+        for step in output.steps
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,7 +151,7 @@ def test_a_perfect_draft_is_accepted_whole(family: str, lies: int) -> None:
     assert texts(outputs) == texts(plain)
     for output in outputs:
         assert all(step.emitted == 5 for step in output.steps[:-1])
-        assert all(step.drafted == 4 * (lies + 1) for step in output.steps[:-2])
+        assert all(step.num_drafted == 4 * (lies + 1) for step in output.steps[:-2])
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -370,7 +373,7 @@ def test_state_does_not_leak_between_requests() -> None:
             request = engine.waiting[0]
             while not engine.idle:
                 engine.step()
-            runs.append([(s.drafted, s.accepted) for s in request.steps])
+            runs.append([(s.num_drafted, s.accepted) for s in request.steps])
         steps[spec] = runs
     assert steps["token-recycling"][0] == steps["token-recycling"][1]
     first, second = steps["token-recycling:shared=true"]

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from baton.engine import generate
 from baton.errors import DataError, ModelMismatch, NotAHandoff, UnknownOption
-from baton.handoff.evaluate import MODES, EvalReport, _Clock, _mean_z, _predict, _variants, evaluate, text_quality
+from baton.handoff.evaluate import MODES, EvalReport, _Clock, _mean_z, _predict, _variants, evaluate
 from baton.handoff.model import HandoffModel
 from baton.models.loading import load
+from baton.quality import text_quality
 from baton.types import Pair, Timings
 
 NEW = 6  # most tokens of a response

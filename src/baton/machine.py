@@ -1,6 +1,9 @@
 """Under which conditions a number was measured."""
 
 import platform
+import subprocess
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,3 +43,42 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, to be had
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     return int(psutil.virtual_memory().available)
+
+
+def bandwidth_gb_s(size_mb: int = 256) -> float:
+    """Bytes that all threads together read from the CPU's memory, GB/s: the floor under a decode step."""
+    data = torch.ones(size_mb * 2**18)
+    best = min(_seconds(data.sum) for _ in range(4))
+    return round(data.nbytes / best / 1e9, 1)
+
+
+_probe = torch.ones(192, 192)
+
+
+def probe_s() -> float:
+    """Seconds of a fixed piece of work on all threads, about a millisecond.
+
+    On a busy machine it takes many times as long: threads wait for each other at the end of every product.
+    """
+    return min(_seconds(lambda: [_probe @ _probe for _ in range(8)]) for _ in range(2))
+
+
+def revision(folder: Path = Path(__file__).parent) -> str | None:
+    """The git commit of the code that runs, `-dirty` behind it where it was changed; None outside of a repository."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -1,5 +1,6 @@
 """Plain data that travels between the parts. Imports nothing of ours but errors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,7 +53,6 @@ class Timings:
     project_s: float = 0.0  # projector and fusion
     prefill_s: float = 0.0  # prompt pass of the model that writes
     decode_s: float = 0.0  # all cached decode steps
-    draft_s: float = 0.0  # the drafter's part of them
     steps: int = 0  # cached decode steps
 
     @property
@@ -60,13 +60,25 @@ class Timings:
         return self.encode_s + self.project_s + self.prefill_s + self.decode_s
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
-    """Raw counts of one decode step of one request; every metric is derived from these."""
+    """Raw counts of one decode step of one request; every metric is derived from these.
 
-    drafted: int  # tokens proposed
+    The seconds are those of the whole step, together with the other rows of its batch.
+    """
+
+    rows: int  # positions of this request in the target's pass: its newest token, the draft, padding beside longer ones
+    drafted: Mapping[str, int]  # tokens proposed, by who proposed them
+    evaluated: int  # of these, candidates that were compared with the target's choice: children of nodes it came by
     accepted: int  # of these, on the path that the target agreed with
     emitted: int  # tokens that came out of it: the accepted ones and one of the target's own, cut at the end
+    draft_s: float = 0.0  # the drafter proposes, and takes in what the target said
+    verify_s: float = 0.0  # the target's pass, the acceptance rule, the cache cut back to what is kept
+    other_s: float = 0.0  # tokens to text, bookkeeping
+
+    @property
+    def num_drafted(self) -> int:
+        return sum(self.drafted.values())
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,8 @@
-"""`baton bench`: which method is fastest, measured."""
+"""`baton bench`: which way to decode is fastest, measured."""
 
+import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,15 +10,17 @@ import typer
 from rich import box
 from rich.table import Table
 
+from baton.bench.peers.table import PEERS
 from baton.cli.command import command
-from baton.cli.console import out
+from baton.cli.console import err, out
 from baton.cli.evaluate import measuring
 from baton.cli.generate import load_writer
-from baton.cli.options import Machine
-from baton.cli.sources import check_methods, check_source, first_prompts, write_json
+from baton.cli.options import Machine, one_of
+from baton.cli.sources import check_methods, check_source, write_json
 from baton.drafters import WITHOUT_MODEL
+from baton.types import Sampling
 
-bench_app = typer.Typer(help="Measure speed: methods interleaved on the same prompts.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed: every method on the same prompts, in one run.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -23,90 +28,192 @@ def register(app: typer.Typer) -> None:
         bench_app,
         "decode",
         examples=[
-            "baton bench decode models/en-de-llm --data prompts.txt --limit 50",
-            "baton bench decode models/en-de-llm --method handoff:model=models/en-de-handoff --data prompts.txt",
-            "baton bench decode gpt2-xl --method draft-model:model=gpt2 --assistant gpt2 --data prompts.txt",
+            "baton bench decode models/pycode-target --data code --limit 50",
+            "baton bench decode models/en-de-llm --data translate --handoff models/en-de-handoff --out run.jsonl",
+            "baton bench decode gpt2-xl --data prompts.txt --method draft-model:model=gpt2 --assistant gpt2",
         ],
     )(decode)
+    command(
+        bench_app,
+        "compare",
+        examples=[
+            "baton bench compare before.jsonl after.jsonl",
+            "baton bench compare a.jsonl b.jsonl --threshold 0.1",
+        ],
+    )(compare)
     app.add_typer(bench_app, name="bench")
 
 
 def decode(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a hand-off or language model.")],
+    sampling: Sampling,
     machine: Machine,
-    data: Annotated[Path, typer.Option("--data", "-d", help="Prompts: .jsonl with a 'prompt' in each row, or .txt.")],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", "-d", help="Suite (code, edit, translate) or file of prompts, repeatable."),
+    ],
     method: Annotated[
         list[str], typer.Option(help=f"NAME or NAME:key=value,..., repeatable; by default {', '.join(WITHOUT_MODEL)}.")
     ] = [],  # noqa: B006 - typer copies it
-    limit: Annotated[int, typer.Option(min=1, help="Use only the first so many prompts.")] = 100,
+    handoff: Annotated[
+        list[str],
+        typer.Option(metavar="DIR", help="Hand-off from MODEL, or DIR+METHOD; repeatable."),
+    ] = [],  # noqa: B006
+    peer: Annotated[
+        list[str],
+        typer.Option(help=f"Other engine: {', '.join(PEERS)}; repeatable.", callback=one_of([*PEERS, "none"])),
+    ] = ["transformers"],  # noqa: B006
+    assistant: Annotated[
+        str | None, typer.Option(metavar="S", help="Small model that other engines draft with.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Use only so many prompts of each suite.")] = 100,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 256,
     batch_size: Annotated[list[int], typer.Option(min=1, help="Prompts written together, repeatable.")] = [1, 8],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Passes over all prompts.")] = 1,
-    peers: Annotated[bool, typer.Option(help="Also transformers' own methods, at batch 1.")] = True,
-    assistant: Annotated[
-        str | None, typer.Option(metavar="S", help="Small model for transformers' assisted generation.")
+    records: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Keep raw counts (.jsonl); a run that was cut off goes on."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start --out anew.")] = False,
     as_json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write all numbers to a file; - is stdout.")
+        str | None, typer.Option("--json", metavar="FILE", help="Write the summary to a file; - is stdout.")
     ] = None,
     llm: Annotated[str | None, typer.Option(metavar="L", help="Where a hand-off's LLM is.")] = None,
 ) -> None:
-    """Measure drafting methods against plain decoding, greedy, in one run.
+    """Measure ways to decode against plain decoding, in one run.
 
-    Every group of prompts is written by each method in turn. Tokens per second are all tokens over all seconds, with
-    the quartiles of groups; speed-up is the median over groups of plain decoding's time over the method's.
+    Every group of prompts is written by each in turn. Tokens per second are all tokens over all seconds; speed-up is
+    plain decoding's time per token over the method's; brackets hold 95 % of bootstrap resamples of the groups.
     """
     methods = check_methods(method)
-    check_source(model, llm)
-    prompts = first_prompts(data, limit)
+    check_source(model, llm, *(spec.partition("+")[0] for spec in handoff))
+    from baton.bench.suites import read_suite
+
+    suites = [read_suite(name).first(limit) for name in data]  # a wrong name is better known before a model is loaded
     machine.prepare()
     writer = load_writer(model, llm, machine)
+    suites = [read_suite(name, tokenizer=writer.prompt_tokenizer).first(limit) for name in data]
     from baton.bench.decode import bench_decode
-    from baton.handoff.model import HandoffModel
 
     with measuring() as progress:
-        report = bench_decode(
+        measured = bench_decode(
             writer,
-            methods,
-            prompts,
+            suites,
+            methods=methods,
+            handoffs=handoff,
+            peers=[name for name in peer if name != "none"],
+            assistant=assistant,
+            sampling=sampling,
             max_new_tokens=max_new_tokens,
             batch_sizes=batch_size,
             repeats=repeats,
-            peers=peers and not isinstance(writer, HandoffModel),
-            assistant=assistant,
+            out=records,
+            overwrite=overwrite,
+            command=shlex.join(["baton", *sys.argv[1:]]),
             progress=progress,
         )
+    for line in measured.absent:
+        err.print(f"[yellow]{line}", soft_wrap=True)
+    report = measured.to_dict()
     if not write_json(as_json, report):
-        out.print(table(report, f"{model}: {len(prompts)} prompts, {report['settings']['dtype']}, greedy"))
+        out.print(table(report))
+        show_quality(report)
 
 
-def table(report: dict[str, Any], title: str) -> Table:
-    """One row per method and batch size."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in (
-        "batch",
-        "method",
-        "tokens/s",
-        "quartiles",
-        "speed-up",
-        "tokens per step",
-        "accepted",
-        "drafting",
-        "",
-    ):
-        made.add_column(heading, justify="left" if heading in ("method", "") else "right")
-    for each in report["results"]:
-        low, high = each["tokens_per_second_range"]
-        length, rate = each["acceptance_length"], each["acceptance_rate"]
+def table(report: dict[str, Any]) -> Table:
+    """One row per contender and batch size."""
+    run = report["run"]
+    how = "greedy" if not run["sampling"]["temperature"] else f"temperature {run['sampling']['temperature']}"
+    about = f"{run['model']}: {', '.join(run['suites'])}; {run['dtype']}, {how}, {run['machine']['threads']} threads"
+    made = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("batch", "", "tokens/s", "", "speed-up", "", "tokens per step", "accepted", "drafting", ""):
+        made.add_column(heading, justify="right" if heading or not made.columns else "left")
+    made.columns[1].justify = "left"
+    for each in report["summaries"]:
+        low, high = each["tokens_per_second_interval"]
+        length, rate, share = each["acceptance_length"], each["acceptance_rate"], each["share"]
         made.add_row(
             str(each["batch_size"]),
-            each["method"],
+            each["contender"],
             f"{each['tokens_per_second']:,.0f}",
-            f"{low:,.0f} - {high:,.0f}",
-            f"{each['speedup']:.2f}x",
+            f"[dim]\\[{low:,.0f}, {high:,.0f}]",
+            "" if each["speedup"] is None else f"{each['speedup']:.2f}x",
+            "" if each["speedup"] is None else "[dim]\\[{:.2f}, {:.2f}]".format(*each["speedup_interval"]),
             "" if length is None else f"{length:.2f}",
             "" if rate is None else f"{rate:.0%}",
-            "" if length is None else f"{each['draft_share']:.0%}",
-            f"[red]{each['different']} texts differ" if each["different"] else "",
+            f"{share['draft']:.0%}" if share and rate is not None else "",
+            ", ".join(remarks(each)),
         )
     return made
+
+
+def remarks(each: dict[str, Any]) -> list[str]:
+    """What a reader must know before the speed means anything."""
+    said = []
+    if each["failed"]:
+        said.append(f"[red]{each['failed']} of {each['requests']} failed[/]")
+    if each["different"]:
+        said.append(f"[red]{each['different']} of {each['requests']} texts differ[/]")
+    if each["family"] == "hand-off":
+        said.append("writes its own texts")
+    if each["busy"] > 0.1:
+        said.append(f"[yellow]machine busy in {each['busy']:.0%}[/]")
+    return said
+
+
+def show_quality(report: dict[str, Any]) -> None:
+    """Quality per contender, where it was judged."""
+    if not report["quality"]:
+        return
+    names = list(dict.fromkeys(name for scores in report["quality"].values() for name in scores))
+    made = Table(title="Quality", title_justify="left", box=box.SIMPLE_HEAD)
+    made.add_column("")
+    for name in names:
+        made.add_column(name.replace("_", " "), justify="right")
+    for contender, scores in report["quality"].items():
+        made.add_row(contender, *(f"{scores[name]:.1f}" if name in scores else "" for name in names))
+    out.print(made)
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="Records of a run (.jsonl, from --out).")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="Records of another run of the same work.")],
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of the speed that counts as a change.")] = 0.05,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two runs of the same work; the exit code is 1 where something became slower, failed or wrote other texts.
+
+    A change counts where the whole 95 % interval of the ratio lies beyond the threshold.
+    """
+    from dataclasses import asdict
+
+    from baton.bench.compare import compare as compare_runs
+    from baton.bench.record import read_run
+
+    runs = read_run(before), read_run(after)
+    changes = compare_runs(*runs, threshold=threshold)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(change) for change in changes], indent=1) + "\n")
+    else:
+        made = Table(box=box.SIMPLE_HEAD)
+        for heading in ("batch", "", "before", "after", "ratio", "", "tokens per step", ""):
+            made.add_column(heading, justify="left" if heading == "" else "right")
+        for each in changes:
+            lengths = [x for x in (each.acceptance_before, each.acceptance_after) if x is not None]
+            made.add_row(
+                str(each.batch_size),
+                each.contender,
+                f"{each.before:,.0f}",
+                f"{each.after:,.0f}",
+                f"{each.ratio:.2f}",
+                "[dim]\\[{:.2f}, {:.2f}]".format(*each.ratio_interval),
+                " to ".join(f"{x:.2f}" for x in lengths),
+                {"same": "[dim]same", "faster": "[green]faster"}.get(each.verdict, f"[red]{each.verdict}")
+                + (f"[red], {each.different} texts differ" if each.different else ""),
+            )
+        out.print(made)
+        machines = [run.machine.get("cpu") for run, _ in runs]
+        if machines[0] != machines[1]:
+            err.print(f"[yellow]measured on different machines: {machines[0]}, {machines[1]}", soft_wrap=True)
+    if any(change.verdict in ("slower", "failed") or change.different for change in changes):
+        raise typer.Exit(1)

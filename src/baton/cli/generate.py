@@ -206,7 +206,7 @@ def show_answer(engine: Any, prompt: str, options: dict[str, Any]) -> None:
             out.print(Text(token.text, style="" if token.source == TARGET else "bold green"), end="", soft_wrap=True)
     output = request.output()
     steps, guessed = output.steps, sum(source != TARGET for source in output.sources)
-    drafted = sum(step.drafted for step in steps)
+    drafted = sum(step.num_drafted for step in steps)
     out.print(
         f"\n[dim]{len(output.token_ids)} tokens in {len(steps)} steps: {output.acceptance_length:.2f} per step; "
         f"[/][green]{guessed} guessed by {engine.drafter.name}[/][dim] of {drafted} drafted"
@@ -224,13 +224,13 @@ def row(output: Output) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "tokens": len(output.token_ids),
         **({"error": output.error} if output.error else {}),
-        **(drafting(output) if any(step.drafted for step in output.steps) else {}),
+        **(drafting(output) if any(step.num_drafted for step in output.steps) else {}),
     }
 
 
 def drafting(output: Output) -> dict[str, Any]:
     """Who wrote which token, and the raw counts of each step: drafted, accepted, emitted."""
-    steps = [[step.drafted, step.accepted, step.emitted] for step in output.steps]
+    steps = [[step.num_drafted, step.accepted, step.emitted] for step in output.steps]
     return {"sources": output.sources, "steps": steps, "acceptance_length": output.acceptance_length}
 
 

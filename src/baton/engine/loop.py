@@ -3,7 +3,7 @@
 One loop for every drafter, for files, batches, streams and servers. It knows a drafter only as `Drafter`.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from baton.cache import Memory, fill_holes
-from baton.draft import NOTHING, Draft
+from baton.draft import NOTHING, ROOT, Draft
 from baton.engine.choose import Chooser
 from baton.engine.drafter import Drafter, Joined, Seen
 from baton.engine.request import Request
@@ -179,10 +179,9 @@ class Engine:
 
     def _grow(self) -> list[Token]:
         """One decode step: what is proposed, as far as the target agrees, and one token of its own."""
-        started = perf_counter()
+        clock = _Clock(self.target.device)
         drafts = self._checked(self.drafter.propose(self.rows))
-        self._wait()
-        drafted = perf_counter()
+        draft_s = clock.lap()
         before = list(self._memory.lengths)
         try:
             with self.target.capture(self.drafter.layers) as hidden:
@@ -194,19 +193,28 @@ class Engine:
             raise
         self._memory.keep([[0, *(node + 1 for node in v.accepted)] if v else [0] for v in verdicts])
         _clear_failed(self._memory, verdicts)
+        verify_s = clock.lap()
         self.drafter.observe(Seen(requests=self.rows, drafts=drafts, verdicts=verdicts, logits=logits, hidden=hidden))
-        self._wait()
-        ended = perf_counter()
-        tokens: list[Token] = []
-        for request, draft, verdict in zip(self.rows, drafts, verdicts, strict=True):
-            request.timings.decode_s += ended - started
-            request.timings.draft_s += drafted - started
+        draft_s += clock.lap()
+        new = [self._append(*row) for row in zip(self.rows, drafts, verdicts, strict=True)]
+        other_s = clock.lap()
+        for request, draft, verdict, tokens in zip(self.rows, drafts, verdicts, new, strict=True):
+            accepted = verdict.accepted if verdict else ()
+            request.steps.append(
+                Step(
+                    rows=ids.shape[1],
+                    drafted=Counter(draft.sources()),
+                    evaluated=sum(len(draft.tree.children(node)) for node in (ROOT, *accepted)),
+                    accepted=min(len(accepted), len(tokens)),
+                    emitted=len(tokens),
+                    draft_s=draft_s,
+                    verify_s=verify_s,
+                    other_s=other_s,
+                )
+            )
+            request.timings.decode_s += draft_s + verify_s + other_s
             request.timings.steps += 1
-            new = self._append(request, draft, verdict)
-            accepted = min(len(verdict.accepted), len(new)) if verdict else 0
-            request.steps.append(Step(len(draft), accepted, len(new)))
-            tokens += new
-        return tokens
+        return [token for tokens in new for token in tokens]
 
     def _join(self, requests: list[Request]) -> list[Token]:
         """Read prompts, one pass, a new row each, and give each its first token."""
@@ -218,14 +226,13 @@ class Engine:
             request.read = [self.target.start] if self.target.start is not None else []
             if self.target.reads_prompt and inputs.ids is not None:
                 request.read = request.prompt_ids
-        started = perf_counter()
+        clock = _Clock(self.target.device)
         with self.target.capture(self.drafter.layers) as hidden:
             logits, memory = self.target.prefill(inputs)
         nothing = [NOTHING] * len(requests)
         verdicts = self.chooser(requests, nothing, logits[:, None])
         _clear_failed(memory, verdicts)
-        self._wait()
-        timings.prefill_s = perf_counter() - started
+        timings.prefill_s = clock.lap()
         tokens: list[Token] = []
         for request, verdict in zip(requests, verdicts, strict=True):
             request.timings = replace(timings)
@@ -241,7 +248,7 @@ class Engine:
     def _append(self, request: Request, draft: Draft, verdict: Verdict | None) -> list[Token]:
         """Take in what a verdict says, up to the response's end."""
         if verdict is None:
-            where = f"decode step {request.timings.steps}" if request.tokens else "the prompt"
+            where = f"decode step {len(request.steps) + 1}" if request.tokens else "the prompt"
             request.end("error", f"the model gave no usable logits (not a number, or all tokens forbidden) at {where}")
             return []
         sources = draft.sources()
@@ -315,9 +322,19 @@ class Engine:
         assert self.memory is not None
         return self.memory
 
-    def _wait(self) -> None:
-        if self.target.device.type == "cuda":  # so that seconds are counted where they are spent
-            torch.cuda.synchronize(self.target.device)
+
+class _Clock:
+    """Seconds of one part after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.at = device, perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if self.device.type == "cuda":  # so that seconds are counted where they are spent
+            torch.cuda.synchronize(self.device)
+        before, self.at = self.at, perf_counter()
+        return self.at - before
 
 
 def _clear_failed(memory: Memory, verdicts: Sequence[Verdict | None]) -> None:

@@ -22,6 +22,7 @@ from baton.models.adapter import slot_bytes
 from baton.models.loading import load
 from baton.models.prompts import pad_right, tokenize_prompts
 from baton.models.writer import PromptInputs, Writer
+from baton.quality import text_quality
 from baton.types import Pair, Timings
 
 MODES = ("llm", "slm", "handoff", "zero", "constant", "shuffled")
@@ -59,27 +60,6 @@ class EvalReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def text_quality(texts: Sequence[str], pairs: Sequence[Pair], *, rouge: bool = False) -> dict[str, float]:
-    """Corpus BLEU and chrF against every accepted answer (sacreBLEU), and mean ROUGE-L in percent."""
-    import sacrebleu
-
-    most = max(len(p.accepted) for p in pairs)
-    references: list[list[str | None]] = [
-        [p.accepted[i] if i < len(p.accepted) else None for p in pairs] for i in range(most)
-    ]
-    scores = {
-        "bleu": sacrebleu.corpus_bleu(list(texts), references).score,
-        "chrf": sacrebleu.corpus_chrf(list(texts), references).score,
-    }
-    if rouge:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        scorer = RougeScorer(["rougeL"])
-        found = [scorer.score_multi(p.accepted, t)["rougeL"].fmeasure for p, t in zip(pairs, texts, strict=True)]
-        scores["rouge_l"] = 100 * statistics.fmean(found)
-    return scores
 
 
 def evaluate(

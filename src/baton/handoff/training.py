@@ -154,7 +154,7 @@ def cache_states(
 def quality_of(writer: Writer, pairs: Sequence[Pair], max_new_tokens: int = 128) -> Callable[[nn.Module], dict]:
     """BLEU, chrF and ROUGE-L of greedy answers, for validation during training."""
     from baton.engine import generate
-    from baton.handoff.evaluate import text_quality
+    from baton.quality import text_quality
 
     def measure(module: nn.Module) -> dict[str, float]:
         training = module.training

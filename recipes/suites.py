@@ -1,0 +1,80 @@
+"""Make the benchmark's own suites, from data that no reference model was trained on.
+
+    python recipes/suites.py --data deu-eng.zip
+
+`code`: beginnings of functions of the Python standard library, from the files that `recipes/pycode.py` holds out.
+`edit`: such functions whole, to be written again with a name changed: most of the answer is in the prompt.
+`translate`: English sentences of the test split of `recipes/en_de.py`, with every accepted German translation.
+"""
+
+import argparse
+import ast
+import keyword
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pycode import Recipe
+
+from baton.bench.suites import FOLDER, Suite, Task, write_suite
+from baton.data.tatoeba import read_tatoeba, split_tatoeba
+
+VERSION = "1"
+COUNTS = {"code": 100, "edit": 100, "translate": 200}
+LIBRARY = f"Python {sys.version_info.major}.{sys.version_info.minor} standard library"
+
+
+def functions(texts: list[str]) -> Iterator[list[str]]:
+    """The lines of each top-level function and class of 8 to 40 lines."""
+    for text in texts:
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno is not None:
+                found = lines[node.lineno - 1 : node.end_lineno]
+                if 8 <= len(found) <= 40 and max(map(len, found)) < 100:
+                    yield found
+
+
+def code(found: list[list[str]]) -> Iterator[Task]:
+    for lines in found:
+        yield Task(prompt="\n".join(lines[: max(4, len(lines) // 3)]) + "\n")
+
+
+def edit(found: list[list[str]]) -> Iterator[Task]:
+    for lines in found:
+        text = "\n".join(lines)
+        names = re.findall(r"\b[a-z_]{3,}\b", text)
+        frequent = [n for n in dict.fromkeys(names) if names.count(n) >= 3 and not keyword.iskeyword(n) and n != "self"]
+        if frequent:
+            old, new = frequent[0], f"new_{frequent[0]}"
+            answer = re.sub(rf"\b{old}\b", new, text)
+            first, rest = answer.split("\n", 1)
+            prompt = f"{text}\n\n\n# The same again, with {old} renamed to {new}.\n{first}\n"
+            yield Task(prompt=prompt, references=(f"{rest}\n",))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="deu-eng.zip")
+    args = parser.parse_args()
+    chance = random.Random(0)
+    found = list(functions(Recipe(Path()).held_out))
+    chance.shuffle(found)
+    test = split_tatoeba(read_tatoeba(args.data))[2]
+    pairs = chance.sample(test, COUNTS["translate"])
+    tatoeba = "Tatoeba English-German (tatoeba.org, through manythings.org/anki)"
+    for name, source, licence, tasks in (
+        ("code", LIBRARY, "PSF-2.0", list(code(found))),
+        ("edit", LIBRARY, "PSF-2.0", list(edit(found))),
+        ("translate", tatoeba, "CC-BY-2.0", [Task(prompt=p.prompt, references=p.accepted) for p in pairs]),
+    ):
+        chosen = tuple(tasks[: COUNTS[name]])
+        write_suite(
+            Suite(name=name, version=VERSION, source=source, licence=licence, tasks=chosen), FOLDER / f"{name}.jsonl"
+        )
+
+
+if __name__ == "__main__":
+    main()

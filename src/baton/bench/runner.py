@@ -1,0 +1,167 @@
+"""The measurement itself: every group of prompts is written by each contender in turn, in one run.
+
+The order changes from group to group, so that a machine that slows down slows them all. Before each group a fixed
+piece of work is timed: where it takes longer than usual another process is busy, and the runner waits for it a while.
+What is done is on disk after every group; the same command continues.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from baton.bench.contenders import Contender, failed
+from baton.bench.metrics import BUSY
+from baton.bench.record import Record, Run, read_run, to_json
+from baton.bench.suites import Suite
+from baton.data.storage import append_jsonl, storage_errors
+from baton.errors import BatonError
+from baton.machine import probe_s
+from baton.models.prompts import tokenize_prompts
+from baton.models.writer import Writer
+from baton.types import Output
+
+Progress = Callable[[str, int, int], None]
+Unit = tuple[str, int, int, int]  # suite, batch size, repeat, group
+PATIENCE = 10  # times that a busy machine is looked at again, a second later each
+
+
+def measure(
+    writer: Writer,
+    make: Callable[[int], Sequence[Contender]],
+    suites: Sequence[Suite],
+    run: Run,
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Run, list[Record]]:
+    """Let all contenders write all prompts.
+
+    Args:
+        writer: the target, whose tokenizer counts prompt tokens.
+        make: gives the contenders for a batch size; called once for each, in which they may load what they need.
+        out: keeps the records (JSONL); a run with the same settings that was cut off is continued.
+        progress: called with (what, done, total) after every group.
+    Returns: the run, as it was started, and its records.
+    Raises: BatonError when `out` holds a run with other settings.
+    """
+    run, records = _resume(run, out, overwrite)
+    done = {_unit(record) for record in records}
+    quiet = Quiet(record.probe_s for record in records)
+    log = append_jsonl(out) if out is not None else None
+    if log is not None and not records:
+        log.write(to_json(run))
+    try:
+        for size in run.batch_sizes:
+            contenders: list[Contender] = []
+            for suite in suites:
+                groups = _groups(len(suite.tasks), size)
+                units = [(suite.name, size, repeat, n) for repeat in range(run.repeats) for n in range(len(groups))]
+                for count, unit in enumerate(units, start=1):
+                    if unit not in done:
+                        if not contenders:
+                            contenders = [c for c in make(size) if size == 1 or c.batches]
+                            for contender in contenders:  # the first pass allocates, compiles and warms up
+                                _write(contender, [suite.tasks[index].prompt for index in groups[0]], 0)
+                        new = _measure_group(writer, contenders, suite, groups[unit[3]], unit, quiet, run)
+                        records += new
+                        if log is not None:
+                            log.write(*map(to_json, new))
+                    if progress is not None:
+                        progress(f"{suite.name}, batch {size}", count, len(units))
+    finally:
+        if log is not None:
+            log.close()
+    return run, records
+
+
+def _measure_group(
+    writer: Writer,
+    contenders: Sequence[Contender],
+    suite: Suite,
+    indices: Sequence[int],
+    unit: Unit,
+    quiet: "Quiet",
+    run: Run,
+) -> list[Record]:
+    prompts = [suite.tasks[index].prompt for index in indices]
+    encoded = tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=True)
+    probe = quiet.wait()
+    _, size, repeat, number = unit
+    made: list[Record] = []
+    shift = number % len(contenders)
+    for contender in [*contenders[shift:], *contenders[:shift]]:
+        started = time.perf_counter()
+        outputs = _write(contender, prompts, indices[0])
+        seconds = time.perf_counter() - started
+        for index, ids, output in zip(indices, encoded, outputs, strict=True):
+            where = {
+                "contender": contender.name,
+                "suite": suite.name,
+                "category": suite.tasks[index].category,
+                "prompt": index,
+                "batch_size": size,
+                "group": number,
+                "repeat": repeat,
+                "group_s": seconds,
+                "prompt_ids": ids,
+                "seed": run.sampling.get("seed", 0),
+                "probe_s": probe,
+            }
+            made.append(Record.of(output, **where))
+    return made
+
+
+def _write(contender: Contender, prompts: Sequence[str], first_index: int) -> list[Output]:
+    """What it wrote; a contender that raises has failed at these prompts, and the others go on."""
+    try:
+        return contender.write(prompts, first_index)
+    except Exception as error:
+        return failed(prompts, error)
+
+
+def _groups(count: int, size: int) -> list[list[int]]:
+    """Indices of the prompts written together; the last ones are left out where they do not fill a batch."""
+    groups = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    return [group for group in groups if len(group) == size] or groups
+
+
+def _unit(record: Record) -> Unit:
+    return record.suite, record.batch_size, record.repeat, record.group
+
+
+def _resume(run: Run, out: Path | None, overwrite: bool) -> tuple[Run, list[Record]]:
+    """The run to go on with, and what it has; the file is gone where there is nothing to go on with."""
+    if out is None or not out.exists():
+        return run, []
+    if not overwrite:
+        before, records = read_run(out)
+        changed = [name for name, value in before.settings.items() if run.settings[name] != value]
+        if changed:
+            raise BatonError(
+                f"{out} holds a run with other settings ({', '.join(changed)}): name another file, or start it anew "
+                "with --overwrite"
+            )
+        if records:
+            return before, records
+    with storage_errors(out):
+        out.unlink()
+    return run, []
+
+
+class Quiet:
+    """Knows how long the probe takes on this machine when nothing else runs."""
+
+    def __init__(self, known: Iterable[float] = ()) -> None:
+        self.usual = min([seconds for seconds in known if seconds] + [probe_s() for _ in range(10)])
+
+    def wait(self) -> float:
+        """Wait until the machine is quiet, or for `PATIENCE` seconds; returns the probe's last duration."""
+        for turn in range(PATIENCE):
+            probe = probe_s()
+            self.usual = min(self.usual, probe)
+            if probe <= BUSY * self.usual:
+                break
+            if turn < PATIENCE - 1:
+                time.sleep(1)
+        return probe

@@ -49,9 +49,9 @@ STAGES = {
     "tokenizers": False,
     "llm": True,
     "labels": False,
-    "slm-start": True,  # the SLM trained alone on human translations, from which both of the next start
-    "slm": True,  # ... trained on, alone, on the LLM's translations
-    "handoff": True,  # ... trained on, on the LLM's translations, with what the LLM has read
+    "slm-start": False,  # one decoder layer and the embeddings of the LLM, from which both of the next start
+    "slm": True,  # ... trained alone, on the LLM's translations
+    "handoff": True,  # ... trained with what the LLM has read, on the same
     "gpt-start": True,  # the same with a decoder-only SLM that has its own tokenizer
     "gpt-handoff": True,
     "publish": False,  # into models/, with cards; measured results into benchmarks/results/
@@ -70,12 +70,12 @@ LLM = TrainOptions(
     patience=0,
     max_quality_examples=0,
 )
-# Both halves of a comparison use the same options: same labels, same steps, same schedule.
+# Both halves of a comparison use the same options: same start, same labels, same steps, same schedule.
+SLM = replace(LLM, max_steps=3000, learning_rate=4e-3, embedding_lr=1e-2, eval_every=500, save_every=250)
 START = replace(LLM, max_steps=600)
-CONTINUE = replace(START, max_steps=1300, learning_rate=3e-3, embedding_lr=1e-2)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
 GPT_START = replace(START, max_steps=400, embedding_lr=3e-3)
-GPT_CONTINUE = replace(CONTINUE, max_steps=450, embedding_lr=3e-3)
+GPT_CONTINUE = replace(START, max_steps=450, learning_rate=3e-3, embedding_lr=3e-3)
 
 
 def t5(*, d_ff: int, encoder: int, decoder: int) -> PreTrainedModel:
@@ -141,8 +141,8 @@ class Recipe:
         return self._alone(model, "t5", self.train, LLM, "llm")
 
     def labels(self) -> None:
-        """The LLM's own greedy translation of every other sentence: sequence-level distillation, arXiv 1606.07947."""
-        prompts = list(dict.fromkeys(p.prompt for p in self.train))[::2]
+        """The LLM's own greedy translation of every sentence: sequence-level distillation, arXiv 1606.07947."""
+        prompts = list(dict.fromkeys(p.prompt for p in self.train))
         with Progress() as bar:
             task = bar.add_task("labels", total=len(prompts))
             label(
@@ -154,22 +154,36 @@ class Recipe:
                 on_progress=lambda done, total: bar.update(task, completed=done),
             )
 
-    def slm_start(self) -> bool:
-        model = t5(d_model=192, d_kv=32, num_heads=6, d_ff=192, encoder=0, decoder=2)
-        return self._alone(model, "t5", self.train, START, "slm-start")
+    def slm_start(self) -> None:
+        """The LLM without its encoder and all but the last of its decoder's layers (as in arXiv 2010.13002)."""
+        llm = T5ForConditionalGeneration.from_pretrained(self.out / "llm", dtype=torch.float32)
+        slm = t5(d_ff=llm.config.d_ff, encoder=0, decoder=1)
+        weights = llm.state_dict()
+        first, last = "decoder.block.0.", f"decoder.block.{llm.config.num_decoder_layers - 1}."
+        # Positions are the first layer's, in T5.
+        kept = {n: weights[n if "relative" in n else n.replace(first, last)] for n in slm.state_dict()}
+        # The LLM's states have been normalised: the SLM's own norm, which they pass once more, leaves them as they are.
+        norm = "encoder.final_layer_norm.weight"
+        kept[norm] = weights[norm].pow(2).mean().sqrt().expand_as(weights[norm]).clone()
+        slm.load_state_dict(kept)
+        slm.save_pretrained(self.out / "slm-start")
+        AutoTokenizer.from_pretrained(self.out / "tokenizers" / "t5").save_pretrained(self.out / "slm-start")
 
     def slm(self) -> bool:
         model = T5ForConditionalGeneration.from_pretrained(self.out / "slm-start", dtype=torch.float32)
-        return self._alone(model, "t5", self._labelled(), CONTINUE, "slm")
+        return self._alone(model, "t5", self._labelled(), SLM, "slm")
 
     def handoff(self) -> bool:
-        return self._handoff("slm-start", CONTINUE, "handoff")
+        # The SLM's one layer has read the LLM's states before: it starts with them, as they are.
+        options = HandoffOptions(fusion="replace", inner_width=512, identity_init=True)
+        return self._handoff("slm-start", options, SLM, "handoff")
 
     def gpt_start(self) -> bool:
         return self._alone(gpt(), "gpt", self.train, GPT_START, "gpt-start")
 
     def gpt_handoff(self) -> bool:
-        return self._handoff("gpt-start", GPT_CONTINUE, "gpt-handoff")
+        options = HandoffOptions(inner_width=256, fit_steps=1000)
+        return self._handoff("gpt-start", options, GPT_CONTINUE, "gpt-handoff")
 
     def publish(self) -> None:
         """Copy the four models to their place, measure them there and write the numbers into cards and README."""
@@ -226,15 +240,15 @@ class Recipe:
             tokenizer.save_pretrained(self.out / stage)
         return finished
 
-    def _handoff(self, slm: str, options: TrainOptions, stage: str) -> bool:
+    def _handoff(self, slm: str, options: HandoffOptions, train: TrainOptions, stage: str) -> bool:
         return train_handoff(
             llm=self.out / "llm",
             slm=self.out / slm,
             pairs=self._labelled(),
             validation=self.validation,
             out=self.out / stage,
-            options=HandoffOptions(inner_width=256, fit_steps=1000),
-            train=options,
+            options=options,
+            train=train,
         )
 
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from baton.bench import metrics, runner
 from baton.bench.compare import compare
-from baton.bench.decode import Measurement, bench_decode
+from baton.bench.decode import bench_decode
+from baton.bench.metrics import Measurement
 from baton.bench.record import SCHEMA, Record, Run, from_json, read_run, to_json
 from baton.bench.suites import Suite, Task, built_in, read_suite, write_suite
 from baton.cli import app
@@ -137,6 +138,8 @@ def some_run(**more: Any) -> Run:
             "model": "m",
             "dtype": "float32",
             "runtime": "eager",
+            "step_bytes": 1000,
+            "absent": [],
             "contenders": {"plain": "plain", "own": "speculative"},
             "suites": {"s": {"version": "1"}},
             "sampling": {"temperature": 0.0},
@@ -167,7 +170,7 @@ def test_lines_give_the_same_objects_back() -> None:
     ("row", "message"),
     [
         ({"schema": SCHEMA + 1, "kind": "run"}, f"reads {SCHEMA}"),
-        ({"schema": SCHEMA, "kind": "walk"}, "neither run nor record"),
+        ({"schema": SCHEMA, "kind": "walk"}, "none of run, record"),
         ({"schema": SCHEMA, "kind": "run", "model": "m"}, "missing"),
     ],
 )
@@ -390,10 +393,10 @@ def test_built_in_suites_say_where_they_are_from(name: str) -> None:
 # --- comparing runs --------------------------------------------------------------------------------------------------
 
 
-def runs(factor: float, **more: Any) -> tuple[Run, list[Record]]:
+def runs(factor: float, **more: Any) -> Measurement:
     seconds = [1.0 + 0.01 * (g % 5) for g in range(40)]
     rows = [record(group=g, prompt=g, group_s=s * factor, **more) for g, s in enumerate(seconds)]
-    return some_run(), rows
+    return Measurement(run=some_run(), records=rows)
 
 
 @pytest.mark.parametrize(
@@ -417,11 +420,12 @@ def test_a_change_counts_beyond_the_threshold(
 
 
 def test_other_work_is_not_compared() -> None:
-    _, rows = runs(1.0)
+    given = runs(1.0)
     with pytest.raises(BatonError, match="differ in suites"):
-        compare((some_run(), rows), (some_run(suites={}), rows))
+        compare(given, Measurement(run=some_run(suites={}), records=given.records))
+    others = [replace(row, contender="x") for row in given.records]
     with pytest.raises(BatonError, match="in common"):
-        compare((some_run(), rows), (some_run(), [replace(row, contender="x") for row in rows]))
+        compare(given, Measurement(run=some_run(), records=others))
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -448,7 +452,7 @@ def test_the_commands(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = str(tmp_path / "run.jsonl")
     same = CliRunner().invoke(app, ["bench", "compare", path, path, "--json"])
     assert same.exit_code == 0 and {c["verdict"] for c in json.loads(same.stdout)} == {"same"}
-    run, records = read_run(path)
+    run, records, _ = read_run(path)
     slow = tmp_path / "slow.jsonl"
     slower = [replace(r, group_s=r.group_s * (2 if r.contender == "plain" else 1)) for r in records]
     slow.write_text("".join(json.dumps(to_json(item)) + "\n" for item in (run, *slower)), encoding="utf-8")

@@ -31,6 +31,7 @@ from transformers import T5ForConditionalGeneration
 from baton.errors import BatonError, DataError, PromptError, UnknownOption
 from baton.handoff.config import HandoffOptions
 from baton.handoff.model import HandoffModel
+from baton.handoff.project import Projector
 from baton.handoff.read import PromptEncoder
 from baton.handoff.training import RUN, fit_projector, train_handoff
 from baton.models.text import TextToText
@@ -446,6 +447,19 @@ def test_the_llm_is_not_called_for_what_is_cached(tmp_path: Path) -> None:
     with calls(model.encoder.model) as llm:
         assert train_in(tmp_path / "b", train=replace(OPTIONS, max_steps=2, learning_rate=1e-4))
     assert not llm
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_identity_projector_hands_over_the_states_themselves(bias: bool) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(3, 5, 8)
+    projector = Projector(8, 8, inner_width=20, bias=bias, identity_init=True)
+    assert torch.equal(projector(states), states)
+    projector(states).sum().backward()
+    assert projector.last.weight.grad[:, 16:].abs().min() > 0  # the units that are not needed yet can learn
+    for widths in ({"d_in": 8, "d_out": 6}, {"d_in": 8, "d_out": 8}):
+        with pytest.raises(UnknownOption, match="identity_init needs"):
+            Projector(**widths, identity_init=True)
 
 
 def test_a_fitted_projector_gives_the_slms_embeddings_back(tmp_path: Path) -> None:

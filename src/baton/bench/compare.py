@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baton.bench.metrics import Interval, acceptance_length, groups, interval, tokens_per_second
-from baton.bench.record import Record, Run
+from baton.bench.metrics import Interval, Measurement, acceptance_length, groups, interval, tokens_per_second
+from baton.bench.record import Record
 from baton.errors import BatonError
 
 
@@ -25,9 +25,7 @@ class Change:
     verdict: str  # slower, faster, same, failed
 
 
-def compare(
-    before: tuple[Run, Sequence[Record]], after: tuple[Run, Sequence[Record]], *, threshold: float = 0.05
-) -> list[Change]:
+def compare(before: Measurement, after: Measurement, *, threshold: float = 0.05) -> list[Change]:
     """Compare what both runs measured.
 
     Args:
@@ -35,14 +33,14 @@ def compare(
             ratio lies beyond it.
     Raises: BatonError when they did other work, or share no contender.
     """
-    (old, old_records), (new, new_records) = before, after
+    old, new = before.run, after.run
     for name in ("suites", "max_new_tokens", "sampling"):
         if getattr(old, name) != getattr(new, name):
             raise BatonError(f"the two runs cannot be compared: they differ in {name}")
     made = []
-    for key in dict.fromkeys((r.contender, r.batch_size) for r in old_records):
-        mine = [r for r in old_records if (r.contender, r.batch_size) == key]
-        theirs = [r for r in new_records if (r.contender, r.batch_size) == key]
+    for key in dict.fromkeys((r.contender, r.batch_size) for r in before.records):
+        mine = [r for r in before.records if (r.contender, r.batch_size) == key]
+        theirs = [r for r in after.records if (r.contender, r.batch_size) == key]
         if theirs:
             made.append(_change(*key, mine, theirs, threshold))
     if not made:

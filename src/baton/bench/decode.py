@@ -5,44 +5,25 @@ lossless method that wrote something else is marked.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from baton.bench.contenders import PLAIN, Contender, Ours
-from baton.bench.metrics import Summary, summarize
+from baton.bench.metrics import Measurement
 from baton.bench.peers import Absent, make_peers
-from baton.bench.record import SCHEMA, Record, Run
+from baton.bench.record import Quality, Record, Run, to_json
 from baton.bench.runner import Progress, measure
 from baton.bench.suites import Suite
+from baton.data.storage import append_jsonl
 from baton.errors import UnknownOption
 from baton.machine import bandwidth_gb_s, machine, revision, versions
+from baton.models.adapter import target_for
 from baton.models.loading import load
 from baton.models.writer import Writer
 from baton.quality import edit_similarity, exact_match, perplexity, text_quality
 from baton.types import Pair, Sampling
-
-
-@dataclass(kw_only=True)
-class Measurement:
-    """A finished run."""
-
-    run: Run
-    records: list[Record]
-    absent: list[str] = field(default_factory=list)  # peers that did not take part, and why
-    quality: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> metric -> value
-    summaries: list[Summary] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is committed as a result: everything but the records."""
-        return {
-            "schema": SCHEMA,
-            "run": asdict(self.run),
-            "absent": self.absent,
-            "summaries": [asdict(summary) for summary in self.summaries],
-            "quality": self.quality,
-        }
 
 
 def bench_decode(
@@ -99,6 +80,7 @@ def bench_decode(
         model=str(getattr(writer.lm, "name_or_path", "")),
         dtype=str(writer.lm.dtype).removeprefix("torch."),
         runtime="eager",
+        step_bytes=_step_bytes(writer),
         contenders=families | {peer.name: peer.family for peer in others},
         suites={suite.name: suite.about for suite in suites},
         sampling={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(sampling).items()},
@@ -108,17 +90,16 @@ def bench_decode(
         machine=machine() | {"bandwidth_gb_s": bandwidth_gb_s()},
         versions=versions("torch", "transformers", "baton-decoding"),
         git=revision(),
+        absent=absent,
         command=command,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     run, records = measure(writer, make, suites, run, out=out, overwrite=overwrite, progress=progress)
-    return Measurement(
-        run=run,
-        records=records,
-        absent=absent,
-        quality=judge(records, suites, writer, run.contenders),
-        summaries=summarize(records, run.contenders),
-    )
+    quality = judge(records, suites, writer, run.contenders)
+    if out is not None:
+        with append_jsonl(out) as log:
+            log.write(*(to_json(Quality(contender=name, scores=scores)) for name, scores in quality.items()))
+    return Measurement(run=run, records=records, quality=quality)
 
 
 def judge(
@@ -162,3 +143,10 @@ def _handoff(spec: str) -> tuple[str, str]:
     """Folder or Hub id, and the method that drafts for it."""
     folder, _, method = spec.partition("+")
     return folder, method or PLAIN
+
+
+def _step_bytes(writer: Writer) -> int:
+    """Bytes of the weights in the decoder's layers and the head."""
+    target = target_for(writer.lm)
+    weights = [*target.layers.parameters(), *target.lm_head.parameters()]
+    return sum(weight.nbytes for weight in weights)

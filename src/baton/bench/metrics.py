@@ -8,11 +8,13 @@ Others mean other things by the same words; `CONVENTIONS` says what they would p
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from baton.bench.record import Record
+from baton.bench.record import SCHEMA, Record, Run, read_run
 from baton.types import TARGET
 
 RESAMPLES = 1000
@@ -55,6 +57,20 @@ class Summary:
     accepted_by_source: dict[str, float] = field(default_factory=dict)  # share of the tokens that each wrote
     conventions: dict[str, float] = field(default_factory=dict)  # the same records in the words of others
     busy: float = 0.0  # share of the groups that a busy machine may have slowed
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must know before the speed means anything."""
+        said = []
+        if self.failed:
+            said.append(f"{self.failed} of {self.requests} failed")
+        if self.different:
+            said.append(f"{self.different} of {self.requests} texts differ")
+        if self.family == "hand-off":
+            said.append("writes its own texts")
+        if self.busy > 0.1:
+            said.append(f"machine busy in {self.busy:.0%}")
+        return said
 
 
 def groups(records: Iterable[Record]) -> list[Group]:
@@ -136,6 +152,34 @@ def conventions(records: Sequence[Record]) -> dict[str, float]:
     if alone:
         made["spec_bench_tokens_per_second"] = statistics.fmean(len(r.token_ids) / r.group_s for r in alone)
     return made
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """A finished run."""
+
+    run: Run
+    records: list[Record]
+    quality: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> metric -> value
+
+    @cached_property
+    def summaries(self) -> list[Summary]:
+        return summarize(self.records, self.run.contenders)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is committed as a result: everything but the records."""
+        return {
+            "schema": SCHEMA,
+            "run": asdict(self.run),
+            "summaries": [asdict(summary) | {"remarks": summary.remarks} for summary in self.summaries],
+            "quality": self.quality,
+        }
+
+
+def load_measurement(path: str | Path) -> Measurement:
+    """From its file of records. Raises: DataError when it is none."""
+    run, records, quality = read_run(path)
+    return Measurement(run=run, records=records, quality=quality)
 
 
 def summarize(

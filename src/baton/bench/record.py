@@ -1,7 +1,8 @@
 """What a measurement leaves behind: a JSONL file of raw counts, from which every metric is derived.
 
-The first line is the `Run`: what was measured, on which machine, how. Each other line is a `Record`: one request
-written once by one contender. Both name the schema's version; a reader refuses one that it does not know.
+The first line is the `Run`: what was measured, on which machine, how. Then there is a `Record` per line: one request
+written once by one contender. The last lines are `Quality`: how good the texts of a contender are. Each line names the
+schema's version; a reader refuses one that it does not know.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ class Run:
     model: str  # folder or Hub id of the target
     dtype: str  # of its weights
     runtime: str  # how its forward is run
+    step_bytes: int  # of the weights that one decode step reads: decoder layers and head
     contenders: dict[str, str]  # name -> family: plain, speculative, hand-off, peer
     suites: dict[str, dict[str, str]]  # name -> version, source, licence, digest of the prompts
     sampling: dict[str, Any]
@@ -33,6 +35,7 @@ class Run:
     machine: dict[str, Any]  # cpu, cores, threads, load, bandwidth, ...
     versions: dict[str, str]
     git: str | None  # commit of the code that measured, with -dirty where it was changed
+    absent: list[str]  # other engines that were asked for and could not take part, and why
     command: str  # what to run to get this again
     started: str  # UTC, ISO 8601
 
@@ -96,10 +99,22 @@ class Record:
         )
 
 
-def to_json(item: Run | Record) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How good what a contender wrote is."""
+
+    contender: str
+    scores: dict[str, float]  # metric -> value
+
+
+Line = Run | Record | Quality
+KINDS: dict[Any, type[Line]] = {"run": Run, "record": Record, "quality": Quality}
+
+
+def to_json(item: Line) -> dict[str, Any]:
     """A line of the file."""
-    if isinstance(item, Run):
-        return {"schema": SCHEMA, "kind": "run", **asdict(item)}
+    if not isinstance(item, Record):
+        return {"schema": SCHEMA, "kind": type(item).__name__.lower(), **asdict(item)}
     made = {"schema": SCHEMA, "kind": "record", **{f.name: getattr(item, f.name) for f in fields(item)}}
     made["timings"] = _rounded(asdict(item.timings))
     made["steps"] = {name: [_rounded(getattr(step, name)) for step in item.steps] for name in COLUMNS}
@@ -109,17 +124,16 @@ def to_json(item: Run | Record) -> dict[str, Any]:
     return made
 
 
-def from_json(row: Mapping[str, Any], where: str = "record") -> Run | Record:
+def from_json(row: Mapping[str, Any], where: str = "record") -> Line:
     """The inverse.
 
     Raises: DataError for another schema, or a line of another kind.
     """
     if row.get("schema") != SCHEMA:
         raise DataError(f"{where}: schema {row.get('schema')!r}, and this version of Baton reads {SCHEMA}")
-    kinds: dict[Any, type[Run] | type[Record]] = {"run": Run, "record": Record}
-    if row.get("kind") not in kinds:
-        raise DataError(f"{where}: kind {row.get('kind')!r} is neither run nor record")
-    kind = kinds[row["kind"]]
+    if row.get("kind") not in KINDS:
+        raise DataError(f"{where}: kind {row.get('kind')!r} is none of {', '.join(KINDS)}")
+    kind = KINDS[row["kind"]]
     values = {f.name: row[f.name] for f in fields(kind) if f.name in row}
     if kind is Record:
         columns = values["steps"]
@@ -140,8 +154,8 @@ def from_json(row: Mapping[str, Any], where: str = "record") -> Run | Record:
         raise DataError(f"{where}: {error}") from None
 
 
-def read_run(path: str | Path) -> tuple[Run, list[Record]]:
-    """A measurement's file; a last line that was cut off is left out.
+def read_run(path: str | Path) -> tuple[Run, list[Record], dict[str, dict[str, float]]]:
+    """A measurement's file: run, records, and quality by contender; a last line that was cut off is left out.
 
     Raises: DataError when it is not one.
     """
@@ -149,10 +163,10 @@ def read_run(path: str | Path) -> tuple[Run, list[Record]]:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     items = [from_json(row, f"{path}:{number}") for number, row in enumerate(completed_lines(path), start=1)]
-    records = [item for item in items[1:] if isinstance(item, Record)]
-    if not items or not isinstance(items[0], Run) or len(records) != len(items) - 1:
+    if not items or not isinstance(items[0], Run) or any(isinstance(item, Run) for item in items[1:]):
         raise DataError(f"{path}:1: no measurement: the first line must be a run, and no other may be")
-    return items[0], records
+    quality = {item.contender: item.scores for item in items if isinstance(item, Quality)}
+    return items[0], [item for item in items if isinstance(item, Record)], quality
 
 
 def _rounded(value: Any) -> Any:

@@ -135,7 +135,7 @@ def markdown(report: Mapping[str, Any], *, title: str, command: str = "", pictur
 def results_table(report: Mapping[str, Any], modes: Collection[str] = tuple(NAMES)) -> str:
     """Markdown: a row per model in the report that is among `modes`."""
     rows = [[line.name, *line.cells()] for line in table(report) if line.mode in modes]
-    return _markdown_table(["", *HEADINGS], rows)
+    return markdown_table(["", *HEADINGS], rows)
 
 
 def conditions(report: Mapping[str, Any]) -> str:
@@ -266,7 +266,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "| " + " | ".join(headings) + " |"
     rule = "|---" + "|--:" * (len(headings) - 1) + "|"
     return "\n".join([head, rule, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)])
@@ -291,13 +291,13 @@ def _cost_model(report: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     about = "Milliseconds per request, predicted from the parts (reading, projecting, prompt pass, steps) and measured."
-    return f"## Cost model\n\n{about}\n\n" + _markdown_table(["", "predicted", "measured", "off by"], rows)
+    return f"## Cost model\n\n{about}\n\n" + markdown_table(["", "predicted", "measured", "off by"], rows)
 
 
 def _example(example: Mapping[str, Any]) -> str:
     rows = [[NAMES.get(key, key), str(example[key])] for key in example if key != "prompt"]
     prompt = _cell(str(example.get("prompt", "")))
-    return f"**{prompt}**\n\n" + _markdown_table(["", "text"], rows).replace("|--:|", "|---|")
+    return f"**{prompt}**\n\n" + markdown_table(["", "text"], rows).replace("|--:|", "|---|")
 
 
 def _facts(report: Mapping[str, Any]) -> str:

@@ -135,7 +135,7 @@ def _resume(run: Run, out: Path | None, overwrite: bool) -> tuple[Run, list[Reco
     if out is None or not out.exists():
         return run, []
     if not overwrite:
-        before, records = read_run(out)
+        before, records, _ = read_run(out)
         changed = [name for name, value in before.settings.items() if run.settings[name] != value]
         if changed:
             raise BatonError(

@@ -7,13 +7,13 @@ import typer
 from typer.core import TyperGroup
 
 from baton import __version__
-from baton.cli import audit, bench, demo, evaluate, generate, info, label
+from baton.cli import audit, bench, demo, evaluate, generate, info, label, report
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 TRAIN_HELP = "Train a hand-off from a large model to a small one."
-ORDER = ["generate", "train", "eval", "label", "bench", "audit", "demo", "info"]
+ORDER = ["generate", "train", "eval", "label", "bench", "report", "audit", "demo", "info"]
 
 
 class LazyGroup(TyperGroup):
@@ -65,6 +65,7 @@ app.command("train", help=TRAIN_HELP)(lambda: None)  # see LazyGroup
 evaluate.register(app)
 label.register(app)
 bench.register(app)
+report.register(app)
 audit.register(app)
 demo.register(app)
 info.register(app)

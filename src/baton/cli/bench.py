@@ -112,7 +112,7 @@ def decode(
             command=shlex.join(["baton", *sys.argv[1:]]),
             progress=progress,
         )
-    for line in measured.absent:
+    for line in measured.run.absent:
         err.print(f"[yellow]{line}", soft_wrap=True)
     report = measured.to_dict()
     if not write_json(as_json, report):
@@ -142,23 +142,9 @@ def table(report: dict[str, Any]) -> Table:
             "" if length is None else f"{length:.2f}",
             "" if rate is None else f"{rate:.0%}",
             f"{share['draft']:.0%}" if share and rate is not None else "",
-            ", ".join(remarks(each)),
+            f"[yellow]{', '.join(each['remarks'])}",
         )
     return made
-
-
-def remarks(each: dict[str, Any]) -> list[str]:
-    """What a reader must know before the speed means anything."""
-    said = []
-    if each["failed"]:
-        said.append(f"[red]{each['failed']} of {each['requests']} failed[/]")
-    if each["different"]:
-        said.append(f"[red]{each['different']} of {each['requests']} texts differ[/]")
-    if each["family"] == "hand-off":
-        said.append("writes its own texts")
-    if each["busy"] > 0.1:
-        said.append(f"[yellow]machine busy in {each['busy']:.0%}[/]")
-    return said
 
 
 def show_quality(report: dict[str, Any]) -> None:
@@ -188,9 +174,9 @@ def compare(
     from dataclasses import asdict
 
     from baton.bench.compare import compare as compare_runs
-    from baton.bench.record import read_run
+    from baton.bench.metrics import load_measurement
 
-    runs = read_run(before), read_run(after)
+    runs = load_measurement(before), load_measurement(after)
     changes = compare_runs(*runs, threshold=threshold)
     if as_json:
         sys.stdout.write(json.dumps([asdict(change) for change in changes], indent=1) + "\n")
@@ -212,7 +198,7 @@ def compare(
                 + (f"[red], {each.different} texts differ" if each.different else ""),
             )
         out.print(made)
-        machines = [run.machine.get("cpu") for run, _ in runs]
+        machines = [each.run.machine.get("cpu") for each in runs]
         if machines[0] != machines[1]:
             err.print(f"[yellow]measured on different machines: {machines[0]}, {machines[1]}", soft_wrap=True)
     if any(change.verdict in ("slower", "failed") or change.different for change in changes):

@@ -18,6 +18,7 @@ class HandoffOptions:
     inner_width: int = 0  # width between the projector's two linear maps; 0 means the SLM's width
     bias: bool = True  # whether the projector's linear maps have biases
     zero_init: bool = True  # start the projector's last map at zero, so that step 0 is the plain SLM
+    identity_init: bool = False  # start with Z = H, for an SLM made of the LLM's own layers; needs equal widths
     fit_steps: int = 0  # before training, steps in which the projector alone learns to give the SLM's embeddings back
     fusion: Fusion = "add"  # Z and the SLM's prompt embeddings: add, replace, concatenate
     signal: Signal = "llm"  # llm; for a baseline zero, constant (learned) or shuffled Z, or prompt (learned, no Z)

@@ -79,6 +79,7 @@ class HandoffModel(PreTrainedModel):
             inner_width=options.inner_width,
             bias=options.bias,
             zero_init=options.zero_init and options.fusion != "replace",
+            identity_init=options.identity_init,
         )
         self.mix = LayerMix(config.llm["layers_read"]) if config.llm["layers_read"] > 1 else None
         # Different tokenizers: the prompt's tokens are the LLM's, so are their embeddings (card section 5.4).

@@ -45,7 +45,7 @@ TARGET = TrainOptions(
     patience=0,
     max_quality_examples=0,
 )
-DRAFT = replace(TARGET, max_steps=1500)
+DRAFT = replace(TARGET, max_steps=800)
 
 
 def llama(*, width: int, layers: int, heads: int, kv_heads: int, inner: int) -> PreTrainedModel:

@@ -107,7 +107,7 @@ def conditions(measurement: Measurement) -> list[tuple[str, str]]:
         ("decoding", f"{how}, at most {run.max_new_tokens} new tokens"),
         ("batch sizes", ", ".join(map(str, run.batch_sizes))),
         ("prompts", suites),
-        ("passes", str(run.repeats)),
+        ("passes", f"{run.repeats} over all prompts"),
         ("versions", ", ".join(f"{name} {number}" for name, number in run.versions.items())),
         ("code", run.git or ""),
         ("measured", run.started),
@@ -279,6 +279,7 @@ def _acceptance(summaries: Sequence[Summary]) -> Plot:
         for summary in summaries:
             depths = range(1, len(summary.acceptance_by_position) + 1)
             axes.plot(depths, summary.acceptance_by_position, marker="o", markersize=3, label=_label(summary))
+        axes.set_xticks(range(1, 1 + max(len(s.acceptance_by_position) for s in summaries)))
         axes.set_xlabel("depth in the draft", color=INK)
         axes.set_ylabel("accepted to this depth", color=INK)
         axes.set_ylim(0, 1)
@@ -377,7 +378,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #22262e; max-width: 62rem; m
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d9dce1; } h3 { margin-top: 1.6rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e7e9ed; text-align: right; vertical-align: top; }
-th:first-child, td:first-child, td.text { text-align: left; } thead th { border-bottom: 2px solid #c4c8cf; }
+td, th { white-space: nowrap; } th:first-child, td:first-child, .text { text-align: left; white-space: normal; } thead th { border-bottom: 2px solid #c4c8cf; }
 figure { margin: 1.2rem 0; } figcaption { color: #5b616b; font-size: .9rem; } svg { max-width: 100%; height: auto; }
 pre { background: #f4f5f7; padding: .6rem .8rem; overflow-x: auto; } p { max-width: 48rem; }
 """

@@ -378,7 +378,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #22262e; max-width: 62rem; m
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d9dce1; } h3 { margin-top: 1.6rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e7e9ed; text-align: right; vertical-align: top; }
-td, th { white-space: nowrap; } th:first-child, td:first-child, .text { text-align: left; white-space: normal; } thead th { border-bottom: 2px solid #c4c8cf; }
+td, th { white-space: nowrap; }
+th:first-child, td:first-child, .text { text-align: left; white-space: normal; }
+thead th { border-bottom: 2px solid #c4c8cf; }
 figure { margin: 1.2rem 0; } figcaption { color: #5b616b; font-size: .9rem; } svg { max-width: 100%; height: auto; }
 pre { background: #f4f5f7; padding: .6rem .8rem; overflow-x: auto; } p { max-width: 48rem; }
 """

@@ -62,8 +62,9 @@ def measure(
                         if not contenders:
                             contenders = [c for c in make(size) if size == 1 or c.batches]
                             for contender in contenders:  # the first pass allocates, compiles and warms up
-                                _write(contender, [suite.tasks[index].prompt for index in groups[0]], 0)
-                        new = _measure_group(writer, contenders, suite, groups[unit[3]], unit, quiet, run)
+                                write(contender, [suite.tasks[index].prompt for index in groups[0]], 0)
+                        seed = run.sampling.get("seed", 0)
+                        new = measure_group(writer, contenders, suite, groups[unit[3]], unit, quiet, seed)
                         records += new
                         if log is not None:
                             log.write(*map(to_json, new))
@@ -75,15 +76,20 @@ def measure(
     return run, records
 
 
-def _measure_group(
+def measure_group(
     writer: Writer,
     contenders: Sequence[Contender],
     suite: Suite,
     indices: Sequence[int],
     unit: Unit,
     quiet: "Quiet",
-    run: Run,
+    seed: int = 0,
 ) -> list[Record]:
+    """One group of prompts, written by each contender in turn.
+
+    Args:
+        indices: of the prompts in the suite; unit: (suite, batch size, repeat, group), recorded with them.
+    """
     prompts = [suite.tasks[index].prompt for index in indices]
     encoded = tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=True)
     probe = quiet.wait()
@@ -92,7 +98,7 @@ def _measure_group(
     shift = number % len(contenders)
     for contender in [*contenders[shift:], *contenders[:shift]]:
         started = time.perf_counter()
-        outputs = _write(contender, prompts, indices[0])
+        outputs = write(contender, prompts, indices[0])
         seconds = time.perf_counter() - started
         for index, ids, output in zip(indices, encoded, outputs, strict=True):
             where = {
@@ -105,14 +111,14 @@ def _measure_group(
                 "repeat": repeat,
                 "group_s": seconds,
                 "prompt_ids": ids,
-                "seed": run.sampling.get("seed", 0),
+                "seed": seed,
                 "probe_s": probe,
             }
             made.append(Record.of(output, **where))
     return made
 
 
-def _write(contender: Contender, prompts: Sequence[str], first_index: int) -> list[Output]:
+def write(contender: Contender, prompts: Sequence[str], first_index: int) -> list[Output]:
     """What it wrote; a contender that raises has failed at these prompts, and the others go on."""
     try:
         return contender.write(prompts, first_index)

@@ -7,13 +7,13 @@ import typer
 from typer.core import TyperGroup
 
 from baton import __version__
-from baton.cli import audit, bench, demo, evaluate, generate, info, label, report
+from baton.cli import audit, bench, demo, evaluate, generate, info, label, report, tune
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 TRAIN_HELP = "Train a hand-off from a large model to a small one."
-ORDER = ["generate", "train", "eval", "label", "bench", "report", "audit", "demo", "info"]
+ORDER = ["generate", "train", "eval", "label", "bench", "report", "tune", "doctor", "audit", "demo", "info"]
 
 
 class LazyGroup(TyperGroup):
@@ -66,6 +66,7 @@ evaluate.register(app)
 label.register(app)
 bench.register(app)
 report.register(app)
+tune.register(app)
 audit.register(app)
 demo.register(app)
 info.register(app)

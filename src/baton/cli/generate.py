@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from baton.errors import BatonError, DataError
 from baton.types import TARGET, Output, Rule, Sampling
 
 RULES = get_args(Rule)
+CONFIG = "baton.toml"  # written by `baton tune`
 WINDOW = 4  # batches between two writes: within it, prompts of like length share a batch
 
 
@@ -98,6 +100,8 @@ def generate(
     if show_provenance and (output or as_json):
         fail("--show-provenance colours the terminal; with --json each answer has its sources")
     check_source(model, llm)
+    if drafter is None and (drafter := tuned(model)):
+        err.print(f"[dim]{CONFIG}: drafting with {drafter} (--drafter plain for none)", soft_wrap=True)
     method = make(drafter) if drafter else None  # a wrong name is better known before a model is loaded
     if input:
         read_prompts(input)  # a malformed row is better known before a model is loaded
@@ -129,6 +133,23 @@ def generate(
     else:
         for index, text in enumerate(prompt_lines(prompt)):
             stream_answer(engine, text, options | {"first_index": index})
+
+
+def tuned(model: str, folder: Path = Path()) -> str | None:
+    """The method that `baton tune` found for this model, where the working folder has its `baton.toml`.
+
+    Raises: DataError when that cannot be read.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8")).get("generate", {})
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}): mend it, delete it, or run baton tune again") from error
+    if found.get("model") != model:
+        return None
+    return str(found["drafter"]) if "drafter" in found else None
 
 
 def load_writer(model: str, llm: str | None, machine: Machine) -> Any:

@@ -1,0 +1,137 @@
+"""`baton tune` and `baton doctor`: which method for this model, and what stands in its way."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from baton.cli.command import command
+from baton.cli.console import err, loading, out, progress_bar
+from baton.cli.generate import CONFIG, load_writer
+from baton.cli.options import Machine
+from baton.cli.sources import check_methods, check_source
+from baton.data.storage import storage_errors
+from baton.types import Sampling
+
+MARKS = {"ok": "[green]ok", "note": "[cyan]note", "warning": "[yellow]warning", "error": "[red]error"}
+
+
+def register(app: typer.Typer) -> None:
+    command(
+        app,
+        "tune",
+        examples=[
+            "baton tune models/pycode-target --prompts code --minutes 2",
+            "baton tune gpt2-xl --prompts mine.jsonl --assistant gpt2 --minutes 10",
+        ],
+    )(tune)
+    command(
+        app,
+        "doctor",
+        examples=["baton doctor gpt2", "baton doctor gpt2-xl draft-model:model=gpt2", "baton doctor my-handoff --json"],
+    )(doctor)
+
+
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a hand-off or language model.")],
+    sampling: Sampling,
+    machine: Machine,
+    prompts: Annotated[str, typer.Option("--prompts", "-p", metavar="FILE", help="Your prompts, or a suite's name.")],
+    minutes: Annotated[float, typer.Option(min=0.01, help="When the race ends at the latest.")] = 5.0,
+    method: Annotated[
+        list[str], typer.Option(help="What races, repeatable; by default short and long drafts of what needs no model.")
+    ] = [],  # noqa: B006 - typer copies it
+    assistant: Annotated[
+        str | None, typer.Option(metavar="S", help="Small model that also races, as a draft model.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts written together.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 128,
+    folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where baton.toml is written.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    llm: Annotated[str | None, typer.Option(metavar="L", help="Where a hand-off's LLM is.")] = None,
+) -> None:
+    """Find the fastest method for your model, prompts and machine, and write baton.toml.
+
+    The price of a pass over several tokens is measured first; then methods race on your prompts until one is left or
+    the time is up. `baton generate MODEL` in that folder uses the winner. All methods write the same texts.
+    """
+    if method:
+        check_methods(method)
+    check_source(model, assistant, llm)
+    from baton.bench.suites import read_suite
+
+    read_suite(prompts)
+    machine.prepare()
+    writer = load_writer(model, llm, machine)
+    from baton.bench.tune import CANDIDATES
+    from baton.bench.tune import tune as race
+
+    with progress_bar() as bar:
+        task = bar.add_task("race", total=60 * minutes)
+
+        def progress(gone: float, leader: str) -> None:
+            bar.update(task, completed=min(gone, 60 * minutes), description=f"race: {leader}")
+
+        found = race(
+            writer,
+            read_suite(prompts, tokenizer=writer.prompt_tokenizer),
+            candidates=method or CANDIDATES,
+            assistant=assistant,
+            seconds=60 * minutes,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            progress=progress,
+        )
+    path = folder / CONFIG
+    with storage_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(found.to_toml(model, batch_size), encoding="utf-8")
+    if as_json:
+        summary = {"winner": found.winner, "standings": [asdict(s) for s in found.standings], "price_s": found.price}
+        sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+    else:
+        made = Table(box=box.SIMPLE_HEAD)
+        for heading in ("", "speed-up", "95 %", "groups", ""):
+            made.add_column(heading, justify="left" if heading == "" else "right")
+        for each in found.standings:
+            low, high = each.speedup_interval
+            made.add_row(each.method, f"{each.speedup:.2f}x", f"{low:.2f}-{high:.2f}", str(each.groups), each.left)
+        out.print(made)
+        cheap = ", ".join(f"{rows}: {seconds / found.price[1]:.2f}x" for rows, seconds in found.price.items())
+        out.print(f"[dim]A pass over so many tokens costs, over one ({1000 * found.price[1]:.2f} ms): {cheap}")
+        out.print(f"[bold]{found.winner}")
+    err.print(f"wrote {path}", soft_wrap=True)
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a hand-off or language model.")],
+    machine: Machine,
+    method: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="What is to draft for it.")] = None,
+    llm: Annotated[str | None, typer.Option(metavar="L", help="Where a hand-off's LLM is.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at a model, and a method for it: what fits, what does not, and what to do about it.
+
+    The exit code is 1 where something is in the way.
+    """
+    check_source(model, llm)
+    machine.prepare()
+    with loading(model):
+        from baton.audit.doctor import examine
+
+        findings, _ = examine(model, method, llm=llm, dtype=machine.dtype, device=machine.device)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=1) + "\n")
+    else:
+        made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for finding in findings:
+            made.add_row(MARKS[finding.level], finding.what, f"[dim]{finding.remedy}")
+        out.print(made)
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)

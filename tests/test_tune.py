@@ -73,7 +73,7 @@ def test_the_race_is_won_by_the_fastest_and_losers_leave(
     assert found.winner == winner == max(speeds, key=lambda name: speeds[name])
     counts = {name: log.count(name) for name in speeds}
     slowest = min((s for s in speeds if s != "plain"), key=lambda name: speeds[name])
-    assert tuning.AT_LEAST < counts[slowest] == min(counts.values()) <= tuning.AT_LEAST + 4 < counts["plain"] + 3
+    assert tuning.AT_LEAST < counts[slowest] == min(counts.values()) <= tuning.AT_LEAST + 4
     assert next(s for s in found.standings if s.method == slowest).left == "slower than the leader"
     for standing in found.standings:
         assert standing.speedup == pytest.approx(speeds[standing.method], rel=0.35)

@@ -87,7 +87,8 @@ def generate(
     """Write answers to prompts.
 
     One prompt streams to the terminal. A file is answered in batches, each line written as soon as it and all before
-    it are finished: after Ctrl-C the same command continues where it stopped.
+    it are finished: after Ctrl-C the same command continues where it stopped. A baton.toml in the working folder that
+    `baton tune` wrote for this model names the method that drafts.
     """
     if bool(prompt) == bool(input):
         fail("give either --prompt TEXT (or - for stdin) or --input FILE")

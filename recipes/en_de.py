@@ -190,8 +190,6 @@ class Recipe:
         folders = {name: ROOT / "models" / f"en-de-{name}" for name in ("llm", "slm", "handoff", "handoff-gpt")}
         for name in ("llm", "slm"):
             writer = load(self.out / name, dtype=torch.bfloat16)
-            if name == "llm":  # transformers sizes T5's cache by the layers of the encoder, of which it has fewer
-                writer.lm.generation_config.use_cache = False
             writer.lm.save_pretrained(folders[name])
             writer.response_tokenizer.save_pretrained(folders[name])
         for source, target, alone, held_out in (
@@ -275,10 +273,10 @@ def write_cards(folders: dict[str, Path], reports: dict[str, dict[str, Any]]) ->
         )
 
     shapes = {
-        "llm": "The large model: T5 shape, 6 encoder and 8 decoder layers, width 256, trained on human translations.",
-        "slm": "The small model alone: T5 shape, one encoder and one decoder layer, width 192. Trained on "
-        "human translations, then on the same labels (the large model's greedy translations) for the same steps as "
-        "`en-de-handoff`, whose baseline it is.",
+        "llm": "The large model: T5 shape, 8 encoder and 5 decoder layers, width 256, trained on human translations.",
+        "slm": "The small model alone: T5 shape, no encoder layer and one decoder layer, width 256. It starts from the "
+        "large model's embeddings and last decoder layer, and is trained on the large model's greedy translations, "
+        "for the same steps as `en-de-handoff`, whose baseline it is.",
     }
     for name, text in shapes.items():
         write(

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -296,6 +297,29 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     with pytest.raises(BatonError, match=r"max_new_tokens.*--overwrite"):
         measure(run={"max_new_tokens": 5})
     assert len(measure(run={"max_new_tokens": 5}, overwrite=True)) == 12 and len(log) == 14
+
+
+def test_ctranslate2_writes_the_same_tokens() -> None:
+    pytest.importorskip("ctranslate2", reason="needs the extra `peers`")
+    writer = tiny.language_model("t5")
+    done = bench_decode(writer, [SUITE], peers=["ctranslate2"], max_new_tokens=12, batch_sizes=(1, 3))
+    found = {(s.contender, s.batch_size): s for s in done.summaries}
+    for size in (1, 3):
+        assert (found["ctranslate2 float32", size].different, found["ctranslate2 float32", size].failed) == (0, 0)
+    told = bench_decode(tiny.language_model("gpt2"), [SUITE.first(1)], peers=["ctranslate2"], batch_sizes=(1,))
+    assert told.run.absent == [
+        "ctranslate2 is left out: here it runs t5, bart, mbart, marian, pegasus, and this is gpt2"
+    ]
+    assert {s.contender for s in told.summaries} == {"plain"}
+
+
+def test_an_absent_peer_is_reported_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    monkeypatch.delitem(sys.modules, "baton.bench.peers.ctranslate2", raising=False)
+    done = bench_decode(tiny.language_model("t5"), [SUITE.first(1)], peers=["ctranslate2"], batch_sizes=(1,))
+    assert done.run.absent == [
+        "ctranslate2 is absent: ctranslate2 is not installed (pip install 'baton-decoding[peers]')"
+    ]
 
 
 def test_handoffs_are_judged_by_their_quality(tmp_path: Path) -> None:

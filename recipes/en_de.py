@@ -52,9 +52,10 @@ STAGES = {
     "slm-start": False,  # one decoder layer and the embeddings of the LLM, from which both of the next start
     "slm": True,  # ... trained alone, on the LLM's translations
     "handoff": True,  # ... trained with what the LLM has read, on the same
-    "gpt-start": True,  # the same with a decoder-only SLM that has its own tokenizer
-    "gpt-handoff": True,
     "publish": False,  # into models/, with cards; measured results into benchmarks/results/
+    "gpt-start": True,  # a decoder-only SLM that has its own tokenizer, trained alone on human translations
+    "gpt-handoff": True,  # ... trained on, with what the LLM has read
+    "publish-gpt": False,
 }
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, GPT_VOCAB = 3072, 1536
@@ -186,27 +187,36 @@ class Recipe:
         return self._handoff("gpt-start", options, GPT_CONTINUE, "gpt-handoff")
 
     def publish(self) -> None:
-        """Copy the four models to their place, measure them there and write the numbers into cards and README."""
-        folders = {name: ROOT / "models" / f"en-de-{name}" for name in ("llm", "slm", "handoff", "handoff-gpt")}
+        """LLM, SLM and hand-off to their place; measured there, the numbers go into cards and README."""
         for name in ("llm", "slm"):
             writer = load(self.out / name, dtype=torch.bfloat16)
-            writer.lm.save_pretrained(folders[name])
-            writer.response_tokenizer.save_pretrained(folders[name])
-        for source, target, alone, held_out in (
-            ("handoff", "handoff", str(folders["slm"]), "test.jsonl"),
-            ("gpt-handoff", "handoff-gpt", None, "../en-de-handoff/test.jsonl"),
-        ):
-            model = HandoffModel.from_pretrained(self.out / source, llm=folders["llm"], dtype=torch.bfloat16)
-            model.config.slm_alone, model.config.held_out = alone, held_out
-            model.save_pretrained(folders[target])
-        shutil.copy(self.out / "test.jsonl", folders["handoff"])
-        reports = {
-            "handoff": self._measure(folders["handoff"]),
-            "handoff-gpt": self._measure(folders["handoff-gpt"]),
-        }
-        write_cards(folders, reports)
+            writer.lm.save_pretrained(folder(name))
+            writer.response_tokenizer.save_pretrained(folder(name))
+        report = self._publish("handoff", "handoff", alone=str(folder("slm")), held_out="test.jsonl")
+        write_cards(report)
 
-    def _measure(self, folder: Path) -> dict[str, Any]:
+    def publish_gpt(self) -> None:
+        self._publish("gpt-handoff", "handoff-gpt", alone=None, held_out="../en-de-handoff/test.jsonl")
+
+    def _publish(self, source: str, name: str, *, alone: str | None, held_out: str) -> dict[str, Any]:
+        """A hand-off with its measurement and card; returns the measurement."""
+        model = HandoffModel.from_pretrained(self.out / source, llm=folder("llm"), dtype=torch.bfloat16)
+        model.config.slm_alone, model.config.held_out = alone, held_out
+        model.save_pretrained(folder(name))
+        shutil.copy(self.out / "test.jsonl", folder("handoff"))
+        report = self._measure(folder(name))
+        card = handoff_card(
+            HandoffConfig.from_pretrained(folder(name)),
+            title=f"en-de-{name}",
+            data=f"{DATA}; responses are the LLM's own greedy translations of the training sentences",
+            command=COMMAND,
+            results=results(report, name),
+            licence="cc-by-2.0",
+        )
+        (folder(name) / "README.md").write_text(card, encoding="utf-8")
+        return report
+
+    def _measure(self, place: Path) -> dict[str, Any]:
         with Progress() as bar:
             tasks: dict[str, Any] = {}
 
@@ -215,8 +225,8 @@ class Recipe:
                     tasks[what] = bar.add_task(what, total=total)
                 bar.update(tasks[what], completed=done)
 
-            report = evaluate(folder, progress=show).to_dict()
-        path = ROOT / "benchmarks" / "results" / f"{folder.name}.json"
+            report = evaluate(place, progress=show).to_dict()
+        path = ROOT / "benchmarks" / "results" / f"{place.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return report
@@ -259,19 +269,19 @@ COMMAND = "python recipes/en_de.py --data deu-eng.zip"
 START_MARK, END_MARK = "<!-- results -->", "<!-- end of results -->"
 
 
-def write_cards(folders: dict[str, Path], reports: dict[str, dict[str, Any]]) -> None:
-    """README.md of each model, and the results between the markers of the project's README."""
+def folder(name: str) -> Path:
+    return ROOT / "models" / f"en-de-{name}"
 
-    def write(name: str, text: str) -> None:
-        (folders[name] / "README.md").write_text(text, encoding="utf-8")
 
-    def results(name: str, modes: Collection[str] = MODES) -> str:
-        report, model = reports[name], f"en-de-{name}"
-        return (
-            f"{results_table(report, modes)}\n\n{conditions(report)}\n\nMeasured by `baton eval handoff models/{model} "
-            f"--json out.json`; the committed result is `benchmarks/results/{model}.json`."
-        )
+def results(report: dict[str, Any], name: str, modes: Collection[str] = MODES) -> str:
+    return (
+        f"{results_table(report, modes)}\n\n{conditions(report)}\n\nMeasured by `baton eval handoff "
+        f"models/en-de-{name} --json out.json`; the committed result is `benchmarks/results/en-de-{name}.json`."
+    )
 
+
+def write_cards(report: dict[str, Any]) -> None:
+    """README.md of LLM and SLM, and the results between the markers of the project's README."""
     shapes = {
         "llm": "The large model: T5 shape, 8 encoder and 5 decoder layers, width 256, trained on human translations.",
         "slm": "The small model alone: T5 shape, no encoder layer and one decoder layer, width 256. It starts from the "
@@ -279,26 +289,16 @@ def write_cards(folders: dict[str, Path], reports: dict[str, dict[str, Any]]) ->
         "for the same steps as `en-de-handoff`, whose baseline it is.",
     }
     for name, text in shapes.items():
-        write(
-            name,
+        (folder(name) / "README.md").write_text(
             f'---\nlicense: "cc-by-2.0"\nlanguage: ["en", "de"]\npipeline_tag: "translation"\n---\n\n'
-            f"# en-de-{name}\n\n{text}\n\n- Parameters: {reports['handoff']['parameters'][name]:,}\n- Data: {DATA}\n"
-            f"- Made by: `{COMMAND}`\n\n## Results\n\n{results('handoff', (name,))}\n",
+            f"# en-de-{name}\n\n{text}\n\n- Parameters: {report['parameters'][name]:,}\n- Data: {DATA}\n"
+            f"- Made by: `{COMMAND}`\n\n## Results\n\n{results(report, 'handoff', (name,))}\n",
+            encoding="utf-8",
         )
-    for name in reports:
-        card = handoff_card(
-            HandoffConfig.from_pretrained(folders[name]),
-            title=f"en-de-{name}",
-            data=f"{DATA}; responses are the LLM's own greedy translations of the training sentences",
-            command=COMMAND,
-            results=results(name),
-            licence="cc-by-2.0",
-        )
-        write(name, card)
     readme = ROOT / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(START_MARK)
     after = rest.split(END_MARK)[1]
-    shown = results("handoff").split("\n\nMeasured")[0]
+    shown = results(report, "handoff").split("\n\nMeasured")[0]
     readme.write_text(f"{before}{START_MARK}\n{shown}\n{END_MARK}{after}", encoding="utf-8")
 
 

@@ -124,7 +124,7 @@ class Recipe:
             (folder / "README.md").write_text(
                 f"---\nlicense: psf-2.0\npipeline_tag: text-generation\n---\n\n# pycode-{name}\n\n"
                 f"Llama shape, {model.num_parameters():,} parameters, trained from scratch on the source of the Python "
-                f"standard library, split by file. Held-out loss {losses[-1]:.3f} nats per token after "
+                f"standard library, split by file. Held-out loss {losses[-1]:.2f} nats per token after "
                 f"{state['global_step']:,} steps.\n\n- Made by: `python recipes/pycode.py`\n",
                 encoding="utf-8",
             )

@@ -30,7 +30,7 @@ from baton.train.trainer import make_trainer, run
 STAGES = {"tokenizer": False, "target": True, "draft": True, "publish": False}
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, BLOCK = 4096, 256  # tokens
-PROMPT, PROMPTS = 96, 300  # tokens of a held-out prompt, and how many are shipped
+PROMPT, PROMPTS = 96, 1000  # tokens of a held-out prompt, and how many are shipped
 LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
 TARGET = TrainOptions(
     max_steps=1100,
@@ -132,7 +132,7 @@ class Recipe:
         rows = []
         for text in self.held_out:
             ids = tokenizer(text)["input_ids"]
-            for start in range(0, len(ids) - PROMPT, 2 * PROMPT):
+            for start in range(0, len(ids) - PROMPT, PROMPT):
                 rows.append(tokenizer.decode(ids[start : start + PROMPT]))
         chosen = chance.sample(rows, min(PROMPTS, len(rows)))
         lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in chosen]

@@ -72,7 +72,7 @@ LLM = TrainOptions(
     max_quality_examples=0,
 )
 # Both halves of a comparison use the same options: same start, same labels, same steps, same schedule.
-SLM = replace(LLM, max_steps=2200, learning_rate=4e-3, embedding_lr=1e-2, eval_every=550, save_every=275)
+SLM = replace(LLM, max_steps=1600, learning_rate=4e-3, embedding_lr=1e-2, eval_every=400, save_every=200)
 START = replace(LLM, max_steps=600)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
 GPT_START = replace(START, max_steps=400, embedding_lr=3e-3)

@@ -131,7 +131,7 @@ class Recipe:
         chance = random.Random(0)
         rows = []
         for text in self.held_out:
-            ids = tokenizer(text)["input_ids"]
+            ids = tokenizer(text, verbose=False)["input_ids"]
             for start in range(0, len(ids) - PROMPT, PROMPT):
                 rows.append(tokenizer.decode(ids[start : start + PROMPT]))
         chosen = chance.sample(rows, min(PROMPTS, len(rows)))

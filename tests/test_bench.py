@@ -4,10 +4,12 @@ import gzip
 import json
 import math
 import random
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from baton.bench.compare import compare
 from baton.bench.decode import bench_decode
 from baton.bench.metrics import Measurement
 from baton.bench.record import SCHEMA, Record, Run, from_json, read_run, to_json
+from baton.bench.serve import arrival_times, bench_serve, percentiles, serve
 from baton.bench.suites import Suite, Task, built_in, read_suite, write_suite
 from baton.cli import app
-from baton.engine import generate
+from baton.engine import Engine, generate
 from baton.errors import BatonError, DataError, UnknownOption
 from baton.models.loading import load
 from baton.quality import edit_similarity, exact_match, perplexity
@@ -482,3 +485,96 @@ def test_the_commands(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     slow.write_text("".join(json.dumps(to_json(item)) + "\n" for item in (run, *slower)), encoding="utf-8")
     worse = CliRunner().invoke(app, ["bench", "compare", path, str(slow)])
     assert worse.exit_code == 1 and "slower" in worse.stdout
+
+
+# --- serving ---------------------------------------------------------------------------------------------------------
+
+
+def test_arrivals_are_a_poisson_process() -> None:
+    times = arrival_times(4.0, 4000, seed=1)
+    gaps = [b - a for a, b in pairwise(times)]
+    assert times[0] == 0 and times == arrival_times(4.0, 4000, seed=1) != arrival_times(4.0, 4000, seed=2)
+    assert statistics.fmean(gaps) == pytest.approx(0.25, rel=0.06)
+    assert statistics.stdev(gaps) == pytest.approx(0.25, rel=0.1)  # of an exponential law it is the mean
+
+
+def test_waiting_counts_from_the_arrival() -> None:
+    """One row, a clock of our own: each step takes a second, so the second request waits for the whole first one."""
+    now = 0.0
+    engine = Engine(tiny.language_model("t5"), max_rows=1)
+    step = engine.step
+
+    def slow() -> Any:
+        nonlocal now
+        now += 1.0
+        return step()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    engine.step = slow  # type: ignore[method-assign]
+    options = {"max_new_tokens": 4}
+    visits = serve(engine, SUITE, [0.0, 0.5, 20.0], options, clock=lambda: now, sleep=sleep)
+    plain = generate(tiny.language_model("t5"), PROMPTS[:3], max_new_tokens=4)
+    assert [visit.token_ids for visit in visits] == [output.token_ids for output in plain]
+    lengths = [len(visit.token_ids) for visit in visits]
+    assert (visits[0].first_s, visits[0].ended_s) == (1.0, lengths[0])
+    assert (visits[1].first_s, visits[1].ended_s) == (lengths[0] + 1.0, lengths[0] + lengths[1])
+    assert visits[2].first_s == 21.0
+
+
+def test_serving_changes_no_text_and_counts_everyone() -> None:
+    report = bench_serve(
+        tiny.language_model("llama"),
+        SUITE,
+        methods=[METHOD],
+        rates=(50.0, 500.0),
+        requests=9,
+        max_rows=3,
+        max_new_tokens=8,
+        sampling=Sampling(temperature=1.0, seed=2),
+    )
+    assert [(s["contender"], s["rate"]) for s in report["summaries"]] == [
+        ("plain", 50.0),
+        (METHOD, 50.0),
+        ("plain", 500.0),
+        (METHOD, 500.0),
+    ]
+    for each in report["summaries"]:
+        assert (each["requests"], each["failed"], each["different"]) == (9, 0, 0)
+        assert 0 < each["ttft_ms"]["p50"] <= each["ttft_ms"]["p99"] <= each["latency_ms"]["p99"]
+    with pytest.raises(BatonError, match="more than 0"):
+        bench_serve(tiny.language_model("llama"), SUITE, rates=(0.0,))
+
+
+def test_percentiles() -> None:
+    assert percentiles([x / 1000 for x in range(101)]) == pytest.approx({"p50": 50.0, "p90": 90.0, "p99": 99.0})
+    assert percentiles([0.002]) == {"p50": 2.0, "p90": 2.0, "p99": 2.0} and percentiles([]) == {}
+
+
+def test_the_commands_for_quality_and_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    writer = tiny.language_model("t5")
+    writer.lm.save_pretrained(tmp_path / "model")
+    writer.tokenizer.save_pretrained(tmp_path / "model")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": p, "response": p}) + "\n" for p in PROMPTS), encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("The cat.\n", encoding="utf-8")
+    model, limit = str(tmp_path / "model"), ["--max-new-tokens", "6"]
+    judged = CliRunner().invoke(
+        app, ["bench", "quality", model, "-d", str(pairs), *limit, "--batch-size", "4", "--json", "-"]
+    )
+    assert judged.exit_code == 0, judged.output
+    scores = json.loads(judged.stdout)["quality"]["plain"]
+    outputs = generate(writer, PROMPTS, max_new_tokens=6)
+    matches = [edit_similarity(output.text, [prompt]) for output, prompt in zip(outputs, PROMPTS, strict=True)]
+    assert scores["edit_similarity"] == pytest.approx(
+        100 * statistics.fmean(matches)
+    )  # of all six, not of a whole batch
+    refused = CliRunner().invoke(app, ["bench", "quality", model, "-d", str(tmp_path / "prompts.txt")])
+    assert refused.exit_code == 2 and "no references" in refused.stderr
+    served = CliRunner().invoke(
+        app, ["bench", "serve", model, "-d", str(pairs), *limit, "--rate", "100", "--requests", "5"]
+    )
+    assert served.exit_code == 0 and "TTFT" in served.stdout and "differ" not in served.stdout, served.output

@@ -35,6 +35,8 @@ COMMANDS = [
     "eval handoff",
     "label",
     "bench decode",
+    "bench quality",
+    "bench serve",
     "bench compare",
     "report",
     "tune",

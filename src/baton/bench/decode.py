@@ -38,6 +38,7 @@ def bench_decode(
     max_new_tokens: int = 256,
     batch_sizes: Sequence[int] = (1, 8),
     repeats: int = 1,
+    fill: bool = True,
     out: Path | None = None,
     overwrite: bool = False,
     command: str = "",
@@ -52,6 +53,7 @@ def bench_decode(
         peers: other engines, see `baton.bench.peers`; greedy only. One that cannot take part is reported as absent.
         assistant: folder or Hub id of the small model that peers draft with.
         repeats: passes over all prompts, after a first group that warms up.
+        fill: leave out the last prompts where they do not fill a batch: their speed is another one.
         out: keeps the raw records (JSONL), and what a run that was cut off had measured.
         progress: called with (what, done, total).
     """
@@ -94,7 +96,7 @@ def bench_decode(
         command=command,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    run, records = measure(writer, make, suites, run, out=out, overwrite=overwrite, progress=progress)
+    run, records = measure(writer, make, suites, run, fill=fill, out=out, overwrite=overwrite, progress=progress)
     quality = judge(records, suites, writer, run.contenders)
     if out is not None:
         with append_jsonl(out) as log:

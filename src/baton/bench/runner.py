@@ -31,6 +31,7 @@ def measure(
     suites: Sequence[Suite],
     run: Run,
     *,
+    fill: bool = True,
     out: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -40,6 +41,7 @@ def measure(
     Args:
         writer: the target, whose tokenizer counts prompt tokens.
         make: gives the contenders for a batch size; called once for each, in which they may load what they need.
+        fill: leave out the last prompts where they do not fill a batch.
         out: keeps the records (JSONL); a run with the same settings that was cut off is continued.
         progress: called with (what, done, total) after every group.
     Returns: the run, as it was started, and its records.
@@ -55,7 +57,7 @@ def measure(
         for size in run.batch_sizes:
             contenders: list[Contender] = []
             for suite in suites:
-                groups = _groups(len(suite.tasks), size)
+                groups = _groups(len(suite.tasks), size, fill)
                 units = [(suite.name, size, repeat, n) for repeat in range(run.repeats) for n in range(len(groups))]
                 for count, unit in enumerate(units, start=1):
                     if unit not in done:
@@ -126,10 +128,10 @@ def write(contender: Contender, prompts: Sequence[str], first_index: int) -> lis
         return failed(prompts, error)
 
 
-def _groups(count: int, size: int) -> list[list[int]]:
-    """Indices of the prompts written together; the last ones are left out where they do not fill a batch."""
+def _groups(count: int, size: int, fill: bool) -> list[list[int]]:
+    """Indices of the prompts written together."""
     groups = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
-    return [group for group in groups if len(group) == size] or groups
+    return [group for group in groups if len(group) == size or not fill] or groups
 
 
 def _unit(record: Record) -> Unit:

@@ -18,6 +18,7 @@ from baton.cli.generate import load_writer
 from baton.cli.options import Machine, one_of
 from baton.cli.sources import check_methods, check_source, write_json
 from baton.drafters import WITHOUT_MODEL
+from baton.errors import DataError
 from baton.types import Sampling
 
 bench_app = typer.Typer(help="Measure speed: every method on the same prompts, in one run.", no_args_is_help=True)
@@ -33,6 +34,16 @@ def register(app: typer.Typer) -> None:
             "baton bench decode gpt2-xl --data prompts.txt --method draft-model:model=gpt2 --assistant gpt2",
         ],
     )(decode)
+    command(
+        bench_app,
+        "quality",
+        examples=["baton bench quality models/en-de-llm --data translate --handoff models/en-de-handoff"],
+    )(quality)
+    command(
+        bench_app,
+        "serve",
+        examples=["baton bench serve models/pycode-target --data code --rate 2 --rate 8 --method prompt-lookup"],
+    )(serve)
     command(
         bench_app,
         "compare",
@@ -158,6 +169,117 @@ def show_quality(report: dict[str, Any]) -> None:
         made.add_column(name.replace("_", " "), justify="right")
     for contender, scores in report["quality"].items():
         made.add_row(contender, *(f"{scores[name]:.1f}" if name in scores else "" for name in names))
+    out.print(made)
+
+
+def quality(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a hand-off or language model.")],
+    sampling: Sampling,
+    machine: Machine,
+    data: Annotated[
+        list[str], typer.Option("--data", "-d", help="Suite or file with references (prompt, response), repeatable.")
+    ],
+    handoff: Annotated[list[str], typer.Option(metavar="DIR", help="Hand-off from MODEL, repeatable.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many prompts of each suite.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts written together.")] = 32,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the scores to a file; - is stdout.")
+    ] = None,
+    llm: Annotated[str | None, typer.Option(metavar="L", help="Where a hand-off's LLM is.")] = None,
+) -> None:
+    """How good the texts are: BLEU, chrF, ROUGE-L, exact match, edit similarity, perplexity under MODEL.
+
+    Drafting methods need no such comparison: they write the same texts.
+    """
+    check_source(model, llm, *(spec.partition("+")[0] for spec in handoff))
+    from baton.bench.suites import read_suite
+
+    for name in data:
+        if not any(task.references for task in read_suite(name).tasks):
+            raise DataError(f"{name} has no references to judge by: give rows of prompt and response")
+    machine.prepare()
+    writer = load_writer(model, llm, machine)
+    from baton.bench.decode import bench_decode
+
+    with measuring() as progress:
+        report = bench_decode(
+            writer,
+            [read_suite(name, tokenizer=writer.prompt_tokenizer).first(limit) for name in data],
+            handoffs=handoff,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            batch_sizes=[batch_size],
+            fill=False,
+            progress=progress,
+        ).to_dict()
+    if not write_json(as_json, {"run": report["run"], "quality": report["quality"]}):
+        show_quality(report)
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a hand-off or language model.")],
+    sampling: Sampling,
+    machine: Machine,
+    data: Annotated[str, typer.Option("--data", "-d", help="Suite (code, edit, translate) or file of prompts.")],
+    method: Annotated[
+        list[str], typer.Option(help=f"NAME or NAME:key=value,..., repeatable; by default {', '.join(WITHOUT_MODEL)}.")
+    ] = [],  # noqa: B006
+    rate: Annotated[list[float], typer.Option(help="Requests per second that arrive, repeatable.")] = [1.0],  # noqa: B006
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each run.")] = 100,
+    max_rows: Annotated[int, typer.Option(min=1, help="Most requests written at once; others wait.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 128,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write all numbers to a file; - is stdout.")
+    ] = None,
+    llm: Annotated[str | None, typer.Option(metavar="L", help="Where a hand-off's LLM is.")] = None,
+) -> None:
+    """What users wait for when requests arrive at random: time to first token, per token, and in all.
+
+    Arrivals are a Poisson process, the same for every method.
+    """
+    methods = check_methods(method)
+    check_source(model, llm)
+    from baton.bench.suites import read_suite
+
+    read_suite(data)
+    machine.prepare()
+    writer = load_writer(model, llm, machine)
+    from baton.bench.serve import bench_serve
+
+    with measuring() as progress:
+        report = bench_serve(
+            writer,
+            read_suite(data, tokenizer=writer.prompt_tokenizer),
+            methods=methods,
+            rates=rate,
+            requests=requests,
+            max_rows=max_rows,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            progress=progress,
+        )
+    if write_json(as_json, report):
+        return
+    made = Table(box=box.SIMPLE_HEAD)
+    headings = ["rate", "", "tokens/s", "requests/s", "TTFT ms p50", "p90", "p99", "TPOT ms p50", "p90", "total ms p50"]
+    for heading in (*headings, ""):
+        made.add_column(heading, justify="left" if heading == "" else "right")
+    for each in report["summaries"]:
+        first, token, total = (
+            [f"{value:,.1f}" for value in each[name].values()] or ["-"] * 3
+            for name in ("ttft_ms", "tpot_ms", "latency_ms")
+        )
+        said = f"[red]{each['failed']} failed" if each["failed"] else ""
+        said += f"[red]{each['different']} texts differ" if each["different"] else ""
+        numbers = [
+            f"{each['tokens_per_second']:,.0f}",
+            f"{each['requests_per_second']:.2f}",
+            *first,
+            *token[:2],
+            total[0],
+        ]
+        made.add_row(f"{each['rate']:g}/s", each["contender"], *numbers, said)
     out.print(made)
 
 

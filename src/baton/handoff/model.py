@@ -309,7 +309,7 @@ class HandoffModel(PreTrainedModel):
                 "cut": encoder.cut,
                 "limit": prompt_limit(encoder.model.config, prompt_tokenizer),
             },
-            slm=model.config.to_dict(),
+            slm={k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"},  # where it was in training
             slm_base=base,
             options=asdict(options),
             same_tokenizer=same,

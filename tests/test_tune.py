@@ -149,7 +149,7 @@ def test_tune_writes_what_generate_reads(folder: Path, tmp_path: Path, monkeypat
 
 def levels(*arguments: Any) -> dict[str, list[str]]:
     made: dict[str, list[str]] = {}
-    for finding in examine(*arguments)[0]:
+    for finding in examine(*arguments):
         assert finding.remedy or finding.level in ("ok", "note"), finding
         made.setdefault(finding.level, []).append(finding.what)
     return made
@@ -172,7 +172,7 @@ def test_the_doctor_sees_what_fits_and_what_does_not(folder: Path, tmp_path: Pat
     ill = levels(tmp_path / "tiny-chat")
     assert any("303 tokens, the model 300" in what for what in ill["error"])
     assert any("no chat template" in what for what in ill["warning"])
-    half = examine(folder / "llama", dtype="float16", device="cpu")[0]
+    half = examine(folder / "llama", dtype="float16", device="cpu")
     assert any("float16 is slow" in finding.what for finding in half)
 
 

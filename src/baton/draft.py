@@ -133,7 +133,7 @@ class Draft:
     @classmethod
     def paths(cls, paths: Iterable[Sequence[int]], source: str = "", scores: Iterable[float] = ()) -> "Draft":
         """Continuations, each from the root; equal beginnings become one. A node's score is its best path's."""
-        grown, given = _Grown(), list(scores)
+        grown, given = Growing(), list(scores)
         for index, path in enumerate(paths):
             at = ROOT
             for token in path:
@@ -153,7 +153,7 @@ class Draft:
             raise DraftError(
                 "drafts with drawn children cannot be merged: their acceptance rule counts on every sibling"
             )
-        grown = _Grown()
+        grown = Growing()
         for draft in (self, other):
             place = {ROOT: ROOT}
             scores = draft.scores or [0.0] * len(draft)
@@ -202,7 +202,7 @@ class Draft:
         )
 
 
-class _Grown:
+class Growing:
     """A tree that grows node by node; the same token after the same path is one node."""
 
     def __init__(self) -> None:

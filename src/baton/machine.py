@@ -52,15 +52,13 @@ def bandwidth_gb_s(size_mb: int = 256) -> float:
     return round(data.nbytes / best / 1e9, 1)
 
 
-_probe = torch.ones(192, 192)
-
-
 def probe_s() -> float:
     """Seconds of a fixed piece of work on all threads, about a millisecond.
 
     On a busy machine it takes many times as long: threads wait for each other at the end of every product.
     """
-    return min(_seconds(lambda: [_probe @ _probe for _ in range(8)]) for _ in range(2))
+    square = torch.ones(192, 192)
+    return min(_seconds(lambda: [square @ square for _ in range(8)]) for _ in range(2))
 
 
 def revision(folder: Path = Path(__file__).parent) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from baton.engine import Engine
 from baton.engine.rules import Rules
 from baton.errors import BatonError
 from baton.handoff.model import HandoffModel
-from baton.models.adapter import target_for
+from baton.models.adapter import Target, target_for
 from baton.models.loading import load
 from baton.models.writer import Writer
 from baton.train.trainer import bf16_is_fast
@@ -46,35 +46,31 @@ def examine(
     llm: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
-) -> tuple[list[Finding], Writer | None]:
+) -> list[Finding]:
     """Look at a model, and at a method that is to draft for it. Never raises what it can report.
 
     Args:
         model: folder or Hub id; method: as in `baton.generate(drafter=...)`; llm: where a hand-off finds its LLM.
-    Returns: findings, and the model where it could be loaded.
     """
-    findings: list[Finding] = []
     try:
         if llm is None:
             writer = load(model, dtype=dtype, device=device)
         else:
             writer = HandoffModel.from_pretrained(model, llm=llm, dtype=dtype, device=device)
     except (BatonError, OSError, ValueError) as error:
-        return [Finding("error", f"the model cannot be loaded: {error}", "see the message")], None
-    for check in (_kind, _dtype, _tokenizer, _rules):
-        findings += check(writer)
-    if method is not None:
-        findings += _method(writer, method)
-    return findings, writer
-
-
-def _kind(writer: Writer) -> Iterator[Finding]:
-    family = writer.lm.config.model_type
+        return [Finding("error", f"the model cannot be loaded: {error}", "see the message")]
     try:
         target = target_for(writer.lm)
     except BatonError as error:
-        yield Finding("error", str(error), "use a supported family, or transformers' own generate")
-        return
+        return [Finding("error", str(error), "use a supported family, or transformers' own generate")]
+    findings = [*_kind(writer, target), *_dtype(writer), *_tokenizer(writer, target), *_rules(writer)]
+    if method is not None:
+        findings += _method(writer, target, method)
+    return findings
+
+
+def _kind(writer: Writer, target: Target) -> Iterator[Finding]:
+    family = writer.lm.config.model_type
     shape = "decoder-only" if target.reads_prompt else "encoder-decoder"
     size = sum(p.numel() for p in writer.lm.parameters()) / 1e6
     yield Finding("ok", f"{family}, {shape}, {size:,.1f} M parameters, {len(target.layers)} decoder layers")
@@ -101,9 +97,9 @@ def _dtype(writer: Writer) -> Iterator[Finding]:
         yield Finding("note", f"in {name} near-ties between tokens may fall either way", "baton audit counts them")
 
 
-def _tokenizer(writer: Writer) -> Iterator[Finding]:
+def _tokenizer(writer: Writer, target: Target) -> Iterator[Finding]:
     tokenizer = writer.response_tokenizer
-    rows, known = target_for(writer.lm).lm_head.weight.shape[0], len(tokenizer)
+    rows, known = target.lm_head.weight.shape[0], len(tokenizer)
     if known > rows:
         yield Finding(
             "error",
@@ -139,7 +135,7 @@ def _rules(writer: Writer) -> Iterator[Finding]:
         yield Finding("note", f"generation_config.json asks for {config.num_beams} beams", "model.generate has beams")
 
 
-def _method(writer: Writer, method: str) -> Iterator[Finding]:
+def _method(writer: Writer, target: Target, method: str) -> Iterator[Finding]:
     try:
         drafter = make(method)
         Engine(writer, drafter)
@@ -148,7 +144,7 @@ def _method(writer: Writer, method: str) -> Iterator[Finding]:
         return
     yield Finding("ok", f"{drafter.name} fits this model")
     if isinstance(drafter, DraftModel):
-        yield from _small_model(writer, drafter)
+        yield from _small_model(target, drafter)
     if drafter.name in EXPECTED:
         low, high = EXPECTED[drafter.name]
         yield Finding(
@@ -158,9 +154,9 @@ def _method(writer: Writer, method: str) -> Iterator[Finding]:
         )
 
 
-def _small_model(writer: Writer, drafter: Any) -> Iterator[Finding]:
-    mine, theirs = (sum(p.numel() for p in lm.parameters()) for lm in (drafter.writer.lm, writer.lm))
-    layers = len(drafter.target.layers), len(target_for(writer.lm).layers)
+def _small_model(target: Target, drafter: DraftModel) -> Iterator[Finding]:
+    mine, theirs = (sum(p.numel() for p in lm.parameters()) for lm in (drafter.writer.lm, target.model))
+    layers = len(drafter.target.layers), len(target.layers)
     if layers[0] * 3 > layers[1]:
         yield Finding(
             "warning",

@@ -58,8 +58,7 @@ def bench_decode(
         progress: called with (what, done, total).
     """
     absent: list[str] = []
-    if len(set(methods)) != len(methods) or PLAIN in methods:
-        methods = [m for m in dict.fromkeys(methods) if m != PLAIN]
+    methods = [m for m in dict.fromkeys(methods) if m != PLAIN]
     writers = {spec: load(_handoff(spec)[0], dtype=writer.lm.dtype, device=writer.lm.device) for spec in handoffs}
     others: list[Contender] = []
     for name in peers:

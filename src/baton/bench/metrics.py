@@ -2,7 +2,7 @@
 
 Ours, those of vLLM: acceptance length is tokens per decode step with the target's own, so plain decoding has 1; the
 acceptance rate is accepted over drafted. Tokens per second are all tokens over all seconds, tokens counted as ids.
-Others mean other things by the same words; `CONVENTIONS` says what they would print for the same records.
+Others mean other things by the same words; `conventions` says what they would print for the same records.
 """
 
 import random

@@ -135,10 +135,7 @@ def _section(measurement: Measurement, prefix: str) -> list[Block]:
     others = [s for s in summaries if s.conventions]
     if others:
         known = [name for name in OTHERS if any(name in s.conventions for s in others)]
-        rows = [
-            [f"{s.contender}, batch {s.batch_size}", *(_number(s.conventions.get(name)) for name in known)]
-            for s in others
-        ]
+        rows = [[_label(s), *(_number(s.conventions.get(name)) for name in known)] for s in others]
         blocks += [Heading("The same records in the words of others", 3), Rows(["", *(OTHERS[n] for n in known)], rows)]
     blocks += _side_by_side(measurement)
     if run.command:
@@ -203,10 +200,10 @@ def _pictures(measurement: Measurement) -> list[tuple[str, str, Plot, tuple[floa
         found.append(("quality", about, _scatter(points, measurement.quality, metric), (7.2, 4.2)))
     if len(run.batch_sizes) > 1:
         found.append(("batch", "Tokens per second against batch size", _batches(summaries), (7.2, 3.8)))
-    achieved = [s for s in summaries if roofline(measurement, s) is not None]
+    achieved = [(s, rate) for s in summaries if (rate := roofline(measurement, s)) is not None]
     if achieved and "bandwidth_gb_s" in run.machine:
         about = "Weights read per second of the target's passes, against the measured memory bandwidth"
-        found.append(("roofline", about, _roofline(measurement, achieved), _tall(achieved)))
+        found.append(("roofline", about, _roofline(achieved, run.machine["bandwidth_gb_s"]), _tall(achieved)))
     return found
 
 
@@ -241,8 +238,8 @@ def _side_by_side(measurement: Measurement, count: int = 3) -> list[Block]:
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _tall(summaries: Sequence[Summary]) -> tuple[float, float]:
-    return 7.2, 1.0 + 0.32 * len(summaries)
+def _tall(bars: Sequence[Any]) -> tuple[float, float]:
+    return 7.2, 1.0 + 0.32 * len(bars)
 
 
 def _label(summary: Summary) -> str:
@@ -336,11 +333,10 @@ def _batches(summaries: Sequence[Summary]) -> Plot:
     return draw
 
 
-def _roofline(measurement: Measurement, summaries: Sequence[Summary]) -> Plot:
+def _roofline(achieved: Sequence[tuple[Summary, float]], limit: float) -> Plot:
     def draw(axes: Any) -> None:
-        values = [roofline(measurement, s) or 0.0 for s in summaries]
-        _bars(axes, summaries, values, color=[_color(s) for s in summaries])
-        limit = measurement.run.machine["bandwidth_gb_s"]
+        summaries = [summary for summary, _ in achieved]
+        _bars(axes, summaries, [rate for _, rate in achieved], color=[_color(s) for s in summaries])
         axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (4, 4)))
         axes.set_xlabel(f"GB/s of weights read (dashed: {limit:g} GB/s, what the memory gives)", color=INK)
 

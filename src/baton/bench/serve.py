@@ -5,7 +5,6 @@ would step it: whoever has arrived is let in, then every row grows. Time to firs
 waiting included.
 """
 
-import functools
 import random
 import statistics
 import time
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from baton.bench.contenders import PLAIN
+from baton.bench.runner import Progress
 from baton.bench.suites import Suite
 from baton.engine import Engine
 from baton.engine.request import Request
@@ -22,7 +22,6 @@ from baton.machine import machine, revision, versions
 from baton.models.writer import Writer
 from baton.types import Sampling
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
 PERCENTILES = (50, 90, 99)
 
 
@@ -87,8 +86,7 @@ def bench_serve(
             engine = Engine(writer, name, max_rows=max_rows)
             options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "truncate": True}
             serve(engine, suite, [0.0] * min(max_rows, 4), options)  # warms up
-            report = progress and functools.partial(_report, progress, f"{name}, {rate:g}/s", requests)
-            visits = serve(engine, suite, arrivals, options, progress=report)
+            visits = serve(engine, suite, arrivals, options, what=f"{name}, {rate:g}/s", progress=progress)
             if name == PLAIN:
                 plain = dict(enumerate(visit.token_ids for visit in visits))
             summaries.append(_summary(name, rate, visits, plain))
@@ -126,12 +124,14 @@ def serve(
     *,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-    progress: Callable[[int], None] | None = None,
+    what: str = "",
+    progress: Progress | None = None,
 ) -> list[Visit]:
     """Let requests arrive at their times, and step the engine until all are answered.
 
     Args:
         options: of `Engine.requests`.
+        progress: called with (what, done, total).
     """
     visits = [Visit(index % len(suite.tasks), at) for index, at in enumerate(arrivals)]
     written: dict[Request, Visit] = {}
@@ -158,7 +158,7 @@ def serve(
             written[request].error = request.error
             done += 1
             if progress is not None:
-                progress(done)
+                progress(what, done, len(visits))
     return visits
 
 
@@ -179,10 +179,6 @@ def _summary(name: str, rate: float, visits: Sequence[Visit], plain: dict[int, l
         tpot_ms=percentiles([(visit.ended_s - visit.first_s) / (len(visit.token_ids) - 1) for visit in longer]),
         latency_ms=percentiles([visit.ended_s - visit.arrived_s for visit in fine]),
     )
-
-
-def _report(progress: Progress, what: str, total: int, done: int) -> None:
-    progress(what, done, total)
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

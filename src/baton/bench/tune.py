@@ -7,7 +7,7 @@ turn; after each group those leave that are slower than the leader with all but 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Standing:
     speedup: float
     speedup_interval: Interval
     groups: int
-    left: str  # why it left; empty for those that reached the end
+    left: str = ""  # why it left; empty for those that reached the end
 
 
 @dataclass(kw_only=True)
@@ -119,7 +119,7 @@ def tune(
             slower = standing.speedup_interval[1] < now[0].speedup_interval[0]
             if standing.method != PLAIN and (slower or not standing.groups):  # plain decoding is what others are over
                 why = "slower than the leader" if standing.groups else _error(records, standing.method)
-                standings.append(Standing(*_values(standing), why))
+                standings.append(replace(standing, left=why))
                 racing = [c for c in racing if c.name != standing.method]
         if len(racing) == 2 and now[0].method != PLAIN and now[0].speedup_interval[0] > 1:
             break  # one is left, and it is faster than plain decoding for certain
@@ -128,7 +128,7 @@ def tune(
     final = sorted((_standing(records, c.name) for c in racing), key=lambda s: -s.speedup) if records else []
     if final and not final[0].groups:
         raise BatonError(f"every method failed: {_error(records, final[0].method)}")
-    final = final or [Standing(PLAIN, 1.0, (1.0, 1.0), 0, "")]
+    final = final or [Standing(PLAIN, 1.0, (1.0, 1.0), 0)]
     # A method must be faster than plain decoding for certain: drafting costs memory and adds noise.
     if final[0].method != PLAIN and final[0].speedup_interval[0] <= 1:
         final.sort(key=lambda s: s.method != PLAIN)
@@ -171,12 +171,8 @@ def _standing(records: Sequence[Record], name: str) -> Standing:
     plain = {group.key: group for group in groups(r for r in records if r.contender == PLAIN)}
     pairs = [(plain[g.key], g) for g in groups(r for r in records if r.contender == name) if g.key in plain]
     if not pairs:
-        return Standing(name, 0.0, (0.0, 0.0), 0, "")
-    return Standing(name, speedup(pairs), interval(pairs, speedup), len(pairs), "")
-
-
-def _values(standing: Standing) -> tuple[str, float, Interval, int]:
-    return standing.method, standing.speedup, standing.speedup_interval, standing.groups
+        return Standing(name, 0.0, (0.0, 0.0), 0)
+    return Standing(name, speedup(pairs), interval(pairs, speedup), len(pairs))
 
 
 def _error(records: Sequence[Record], name: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from baton.cache import Memory
-from baton.draft import NOTHING, ROOT, Draft, Tree
+from baton.draft import NOTHING, ROOT, Draft, Growing, Tree
 from baton.engine.drafter import Drafter, Joined, at_least
 from baton.engine.request import Request
 from baton.errors import UnknownOption, UnsupportedModel, VocabMismatch
@@ -164,7 +164,7 @@ class DraftModel(Drafter):
 
     def _trees(self, requests: Sequence[Request], texts: list[list[int]], depths: list[int]) -> list[Draft]:
         """Level by level the most probable nodes go on; what is kept are the most probable paths. arXiv 2406.16858."""
-        builders = [_Growing() for _ in requests]
+        builders = [Growing() for _ in requests]
         logits = self._feed(self._pending(texts, depths))[:, None]
         frontiers: list[list[int]] = [[ROOT] for _ in requests]
         before = list(self._memory.lengths)
@@ -174,7 +174,8 @@ class DraftModel(Drafter):
             for row, builder in enumerate(builders):
                 frontier = frontiers[row] if level < depths[row] else []
                 new = [
-                    builder.add(node, token, score)
+                    # log probabilities of whole paths
+                    builder.add(node, token, self.name, score + (builder.scores[node] if node != ROOT else 0.0))
                     for place, node in enumerate(frontier)
                     for token, score in zip(ids[row][place], values[row][place], strict=True)
                     if self._known(token)
@@ -183,14 +184,11 @@ class DraftModel(Drafter):
             if level + 1 < max(depths):
                 logits = self._expand(builders, frontiers)
                 self._memory.truncate(before)
-        return [
-            Draft(tokens=b.tokens, tree=Tree(b.parents), source=self.name, scores=b.scores).prune(self.num_draft_tokens)
-            for b in builders
-        ]
+        return [builder.draft(self.name, scored=True).prune(self.num_draft_tokens) for builder in builders]
 
-    def _expand(self, builders: list["_Growing"], frontiers: list[list[int]]) -> Tensor:
+    def _expand(self, builders: list[Growing], frontiers: list[list[int]]) -> Tensor:
         """Logits [rows, branches, V] after frontier nodes: all nodes on their paths are read, then forgotten again."""
-        drafts = [builder.paths_to(frontier) for builder, frontier in zip(builders, frontiers, strict=True)]
+        drafts = [_paths_to(builder, frontier) for builder, frontier in zip(builders, frontiers, strict=True)]
         width = max(1, max(len(nodes) for nodes, _ in drafts))
         ids = torch.zeros((len(drafts), width), dtype=torch.long)
         steps = torch.zeros((len(drafts), width), dtype=torch.long)
@@ -258,30 +256,16 @@ class DraftModel(Drafter):
         return self.memory
 
 
-class _Growing:
-    """A tree while it grows; scores are log probabilities of whole paths."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.scores: list[float] = []
-
-    def add(self, parent: int, token: int, score: float) -> int:
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.scores.append(score + (self.scores[parent] if parent != ROOT else 0.0))
-        return len(self.tokens) - 1
-
-    def paths_to(self, nodes: Sequence[int]) -> tuple[list[int], Tree]:
-        """These nodes and all above them, and how they hang together."""
-        wanted = set()
-        for node in nodes:
-            while node != ROOT and node not in wanted:
-                wanted.add(node)
-                node = self.parents[node]
-        kept = sorted(wanted)
-        place = {ROOT: ROOT} | {node: index for index, node in enumerate(kept)}
-        return kept, Tree(place[self.parents[node]] for node in kept)
+def _paths_to(tree: Growing, nodes: Sequence[int]) -> tuple[list[int], Tree]:
+    """These nodes and all above them, and how they hang together."""
+    wanted = set()
+    for node in nodes:
+        while node != ROOT and node not in wanted:
+            wanted.add(node)
+            node = tree.parents[node]
+    kept = sorted(wanted)
+    place = {ROOT: ROOT} | {node: index for index, node in enumerate(kept)}
+    return kept, Tree(place[tree.parents[node]] for node in kept)
 
 
 def _difference(mine: Any, theirs: Any) -> str:

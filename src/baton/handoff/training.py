@@ -19,6 +19,7 @@ from baton.handoff.model import HandoffModel
 from baton.handoff.read import fingerprint
 from baton.models.prompts import pad_right
 from baton.models.writer import Writer
+from baton.quality import text_quality
 from baton.train.dataset import PairDataset
 from baton.train.options import TrainOptions
 from baton.train.trainer import TextTrainer, make_trainer, run
@@ -154,7 +155,6 @@ def cache_states(
 def quality_of(writer: Writer, pairs: Sequence[Pair], max_new_tokens: int = 128) -> Callable[[nn.Module], dict]:
     """BLEU, chrF and ROUGE-L of greedy answers, for validation during training."""
     from baton.engine import generate
-    from baton.quality import text_quality
 
     def measure(module: nn.Module) -> dict[str, float]:
         training = module.training

@@ -32,8 +32,7 @@ class TransformersPeer:
     def __init__(self, writer: Writer, kind: str, options: dict[str, Any], max_new_tokens: int) -> None:
         self.writer, self.options, self.max_new_tokens = writer, options, max_new_tokens
         self.name, self.batches = f"transformers {kind}", kind == "greedy" and writer.lm.config.is_encoder_decoder
-        config = writer.lm.generation_config
-        ends = config.eos_token_id
+        ends = writer.lm.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
 
     @torch.inference_mode()

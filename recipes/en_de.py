@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from stages import main
+from torch import nn
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -72,7 +73,8 @@ LLM = TrainOptions(
     max_quality_examples=0,
 )
 # Both halves of a comparison use the same options: same start, same labels, same steps, same schedule.
-SLM = replace(LLM, max_steps=1600, learning_rate=4e-3, embedding_lr=1e-2, eval_every=400, save_every=200)
+SLM = replace(LLM, max_steps=2400, learning_rate=8e-3, embedding_lr=1e-2, eval_every=400, save_every=200)
+SLM_FF = 1344  # as wide as an eighth of the LLM's weights allows
 START = replace(LLM, max_steps=600)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
 GPT_START = replace(START, max_steps=400, embedding_lr=3e-3)
@@ -156,13 +158,23 @@ class Recipe:
             )
 
     def slm_start(self) -> None:
-        """The LLM without its encoder and all but the last of its decoder's layers (as in arXiv 2010.13002)."""
+        """The LLM without its encoder and all but the last of its decoder's layers (as in arXiv 2010.13002).
+
+        Its feed-forward part is widened by units of the layer before, which are not heard until they have learned.
+        """
         llm = T5ForConditionalGeneration.from_pretrained(self.out / "llm", dtype=torch.float32)
-        slm = t5(d_ff=llm.config.d_ff, encoder=0, decoder=1)
+        slm = t5(d_ff=SLM_FF, encoder=0, decoder=1)
         weights = llm.state_dict()
-        first, last = "decoder.block.0.", f"decoder.block.{llm.config.num_decoder_layers - 1}."
+        depth = llm.config.num_decoder_layers
+        first, before, last = (f"decoder.block.{n}." for n in (0, depth - 2, depth - 1))
         # Positions are the first layer's, in T5.
         kept = {n: weights[n if "relative" in n else n.replace(first, last)] for n in slm.state_dict()}
+        more = SLM_FF - llm.config.d_ff
+        feed, norm = f"{first}layer.2.DenseReluDense", f"{first}layer.2.layer_norm.weight"
+        scale = weights[norm.replace(first, before)] / weights[norm.replace(first, last)]  # each layer has its own norm
+        units = weights[f"{feed}.wi.weight".replace(first, before)] * scale
+        kept[f"{feed}.wi.weight"] = torch.cat([kept[f"{feed}.wi.weight"], units[:more]])
+        kept[f"{feed}.wo.weight"] = nn.functional.pad(kept[f"{feed}.wo.weight"], (0, more))
         # The LLM's states have been normalised: the SLM's own norm, which they pass once more, leaves them as they are.
         norm = "encoder.final_layer_norm.weight"
         kept[norm] = weights[norm].pow(2).mean().sqrt().expand_as(weights[norm]).clone()
@@ -176,7 +188,7 @@ class Recipe:
 
     def handoff(self) -> bool:
         # The SLM's one layer has read the LLM's states before: it starts with them, as they are.
-        options = HandoffOptions(fusion="replace", inner_width=512, identity_init=True)
+        options = HandoffOptions(fusion="replace", inner_width=2048, identity_init=True)
         return self._handoff("slm-start", options, SLM, "handoff")
 
     def gpt_start(self) -> bool:

@@ -17,6 +17,7 @@ from baton.models.adapter import Target, target_for
 from baton.models.loading import load
 from baton.models.writer import Writer
 from baton.train.trainer import bf16_is_fast
+from baton.types import RuntimeName
 
 Level = Literal["ok", "note", "warning", "error"]
 
@@ -46,6 +47,7 @@ def examine(
     llm: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    runtime: RuntimeName = "auto",
 ) -> list[Finding]:
     """Look at a model, and at a method that is to draft for it. Never raises what it can report.
 
@@ -54,9 +56,9 @@ def examine(
     """
     try:
         if llm is None:
-            writer = load(model, dtype=dtype, device=device)
+            writer = load(model, dtype=dtype, device=device, runtime=runtime)
         else:
-            writer = HandoffModel.from_pretrained(model, llm=llm, dtype=dtype, device=device)
+            writer = HandoffModel.from_pretrained(model, llm=llm, dtype=dtype, device=device, runtime=runtime)
     except (BatonError, OSError, ValueError) as error:
         return [Finding("error", f"the model cannot be loaded: {error}", "see the message")]
     try:

@@ -19,8 +19,8 @@ from baton.bench.suites import Suite
 from baton.data.storage import append_jsonl
 from baton.errors import UnknownOption
 from baton.machine import bandwidth_gb_s, machine, revision, versions
-from baton.models.adapter import target_for
-from baton.models.loading import load
+from baton.models.adapter import runtime_of, target_for
+from baton.models.loading import beside, load
 from baton.models.writer import Writer
 from baton.quality import edit_similarity, exact_match, perplexity, text_quality
 from baton.types import Pair, Sampling
@@ -59,7 +59,7 @@ def bench_decode(
     """
     absent: list[str] = []
     methods = [m for m in dict.fromkeys(methods) if m != PLAIN]
-    writers = {spec: load(_handoff(spec)[0], dtype=writer.lm.dtype, device=writer.lm.device) for spec in handoffs}
+    writers = {spec: load(_handoff(spec)[0], **beside(writer.lm)) for spec in handoffs}
     others: list[Contender] = []
     for name in peers:
         if not sampling.greedy:
@@ -80,7 +80,7 @@ def bench_decode(
     run = Run(
         model=str(getattr(writer.lm, "name_or_path", "")),
         dtype=str(writer.lm.dtype).removeprefix("torch."),
-        runtime="eager",
+        runtime=runtime_of(writer.lm).name,
         step_bytes=_step_bytes(writer),
         contenders=families | {peer.name: peer.family for peer in others},
         suites={suite.name: suite.about for suite in suites},

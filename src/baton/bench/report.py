@@ -143,7 +143,8 @@ def conditions(report: Mapping[str, Any]) -> str:
     settings, machine, versions = report["settings"], report["machine"], report["versions"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     return (
-        f"{settings['prompts']:,} held-out prompts, greedy, {settings['dtype']}; quality at batch "
+        f"{settings['prompts']:,} held-out prompts, greedy, {settings['dtype']}, runtime "
+        f"{settings.get('runtime', 'eager')}; quality at batch "
         f"{settings['batch_size_quality']}, speed at batch 1 on {settings['speed_prompts']} prompts (median of "
         f"{settings['repeats']} interleaved passes), {device}, PyTorch {versions['torch']}, transformers "
         f"{versions['transformers']}. {LEGEND}"

@@ -76,10 +76,7 @@ class RowCache(Cache):
         Returns: keys and values of all slots in use, views [rows, kv_heads, width, head_dim]. Shorter rows hold
             leftovers past their length: the mask must cover them.
         """
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if keys is None or values is None:
-            keys = self.keys[layer_idx] = _allocate(key_states, self.rows, self.capacity)
-            values = self.values[layer_idx] = _allocate(value_states, self.rows, self.capacity)
+        keys, values = self.storage(layer_idx, key_states)
         if keys.shape[0] != self.rows:
             keys, values = keys.narrow(0, 0, self.rows), values.narrow(0, 0, self.rows)
         if self._index is None:
@@ -89,6 +86,18 @@ class RowCache(Cache):
             keys.scatter_(2, self._index.expand_as(key_states), key_states)
             values.scatter_(2, self._index.expand_as(value_states), value_states)
         return keys.narrow(2, 0, self.width), values.narrow(2, 0, self.width)
+
+    def storage(self, layer_idx: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [allocated rows, kv_heads, capacity, head_dim], for those who write them alone.
+
+        Args:
+            like: of the same heads, head_dim, dtype and device: [_, kv_heads, _, head_dim].
+        """
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if keys is None or values is None:
+            keys = self.keys[layer_idx] = _allocate(like, self.rows, self.capacity)
+            values = self.values[layer_idx] = _allocate(like, self.rows, self.capacity)
+        return keys, values
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget all slots of each row from `lengths[row]` on."""

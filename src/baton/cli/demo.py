@@ -52,6 +52,7 @@ def demo(
             limit=sentences,
             modes=("llm", "slm", "handoff"),
             dtype=machine.dtype,
+            runtime=machine.runtime,
             device=machine.device,
             progress=progress,
         ).to_dict()

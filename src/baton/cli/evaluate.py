@@ -87,6 +87,7 @@ def handoff(
             limit=limit,
             modes=tuple(mode or NAMES),
             dtype=machine.dtype,
+            runtime=machine.runtime,
             device=machine.device,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,

@@ -157,8 +157,10 @@ def load_writer(model: str, llm: str | None, machine: Machine) -> Any:
     """A `Writer` from a folder or Hub id; `llm` is where a hand-off finds its LLM."""
     with loading(model):
         if llm is None:
-            return baton.load(model, dtype=machine.dtype, device=machine.device)
-        return baton.HandoffModel.from_pretrained(model, llm=llm, dtype=machine.dtype, device=machine.device)
+            return baton.load(model, dtype=machine.dtype, device=machine.device, runtime=machine.runtime)
+        return baton.HandoffModel.from_pretrained(
+            model, llm=llm, dtype=machine.dtype, device=machine.device, runtime=machine.runtime
+        )
 
 
 def word_tokens(tokenizer: Any, word: str) -> set[tuple[int, ...]]:

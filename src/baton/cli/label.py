@@ -49,7 +49,7 @@ def label(
         from baton.handoff.label import CHUNK
         from baton.handoff.label import label as write_labels
 
-        writer = baton.load(llm, dtype=machine.dtype, device=machine.device)
+        writer = baton.load(llm, dtype=machine.dtype, device=machine.device, runtime=machine.runtime)
         prompts = read_prompts(data, tokenizer=writer.prompt_tokenizer)
     if overwrite:
         out.unlink(missing_ok=True)

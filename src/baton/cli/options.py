@@ -18,6 +18,7 @@ import typer
 from rich.markup import escape
 
 from baton.errors import BatonError, nearest
+from baton.types import RuntimeName
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -28,6 +29,7 @@ class Machine:
 
     dtype: Dtype = "auto"  # number type of the weights; auto is the one they are stored in
     device: str | None = None  # cpu, cuda, cuda:1, mps; by itself: the first GPU, or the CPU where there is none
+    runtime: RuntimeName = "auto"  # how forwards are made fast; eager is transformers' own
     threads: int = 0  # CPU threads; 0 leaves the choice to PyTorch
 
     def prepare(self) -> None:

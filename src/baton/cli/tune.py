@@ -125,7 +125,7 @@ def doctor(
     with loading(model):
         from baton.audit.doctor import examine
 
-        findings = examine(model, method, llm=llm, dtype=machine.dtype, device=machine.device)
+        findings = examine(model, method, llm=llm, dtype=machine.dtype, device=machine.device, runtime=machine.runtime)
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=1) + "\n")
     else:

@@ -18,7 +18,7 @@ from baton.engine.drafter import Drafter, Joined, at_least
 from baton.engine.request import Request
 from baton.errors import UnknownOption, UnsupportedModel, VocabMismatch
 from baton.models.adapter import target_for
-from baton.models.loading import load
+from baton.models.loading import beside, load
 from baton.models.prompts import pad_right, prompt_limit, same_tokenizer
 from baton.models.writer import PromptInputs, Writer
 from baton.sampling import draw, uniform
@@ -57,7 +57,7 @@ class DraftModel(Drafter):
         if named:
             self.same = same_tokenizer(mine, theirs)
         else:  # the target came without a tokenizer: sizes must do
-            self.same = len(self.target.lm_head.weight) == len(engine.target.lm_head.weight)
+            self.same = self.target.lm_head.out_features == engine.target.lm_head.out_features
         if not self.same and (self.sample or self.branches > 1 or not self.realign or not named):
             raise VocabMismatch(
                 f"{self.model} and its target have different tokens ({_difference(mine, theirs)}): use a small model "
@@ -67,7 +67,7 @@ class DraftModel(Drafter):
     def load(self, engine: "Engine") -> Writer:
         if not self.model:
             raise UnknownOption(f"{self.name} needs a small model: {self.name}:model=FOLDER_OR_HUB_ID")
-        return load(self.model, dtype=engine.target.dtype, device=engine.target.device)
+        return load(self.model, **beside(engine.target.model))
 
     def join(self, joined: Joined) -> None:
         _, memory = self.target.prefill(self.read(joined))

@@ -15,7 +15,7 @@ from baton.engine.drafter import Joined
 from baton.errors import ModelMismatch, UnknownOption, UnsupportedModel
 from baton.handoff.model import HandoffModel
 from baton.handoff.read import check_weights, encoder_fingerprints
-from baton.models.loading import kind_of
+from baton.models.loading import beside, kind_of
 from baton.models.prompts import pad_right
 from baton.models.writer import PromptInputs, Writer
 
@@ -33,9 +33,7 @@ class HandoffDrafter(DraftModel):
         lm = engine.writer.lm
         if not hasattr(engine.writer.prompt_tokenizer, "get_vocab"):
             raise UnsupportedModel("a hand-off drafts where the prompt is known: use baton.generate")
-        self.handoff = HandoffModel.from_pretrained(
-            self.model, dtype=engine.target.dtype, device=engine.target.device, encoder=False
-        )
+        self.handoff = HandoffModel.from_pretrained(self.model, encoder=False, **beside(engine.target.model))
         expected = self.handoff.config.llm
         if kind_of(lm.config) != "encoder-decoder" or expected["kind"] != "encoder-decoder":
             raise ModelMismatch("a hand-off drafts for an encoder-decoder LLM, whose encoder's states it shares")

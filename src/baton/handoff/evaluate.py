@@ -18,12 +18,12 @@ from baton.engine import generate
 from baton.errors import DataError, UnknownOption, nearest
 from baton.handoff.model import HandoffModel, local_folder
 from baton.machine import machine, versions
-from baton.models.adapter import slot_bytes
+from baton.models.adapter import runtime_of, slot_bytes
 from baton.models.loading import load
 from baton.models.prompts import pad_right, tokenize_prompts
 from baton.models.writer import PromptInputs, Writer
 from baton.quality import text_quality
-from baton.types import Pair, Timings
+from baton.types import Pair, RuntimeName, Timings
 
 MODES = ("llm", "slm", "handoff", "zero", "constant", "shuffled")
 Progress = Callable[[str, int, int], None]
@@ -72,6 +72,7 @@ def evaluate(
     modes: Sequence[str] = MODES,
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
+    runtime: RuntimeName = "auto",
     batch_size: int = 32,
     max_new_tokens: int = 128,
     speed_prompts: int = 64,
@@ -89,6 +90,7 @@ def evaluate(
         limit: use only the first so many pairs.
         modes: any of `MODES`. `zero`, `constant` (mean Z) and `shuffled` (Z of another prompt) replace Z.
         dtype: of all models; "auto" is the one the hand-off is stored in.
+        runtime: of all models, see `baton.runtime.prepare`.
         speed_prompts, repeats: prompts timed one by one, and how often.
         progress: called with (what, done, total).
     Returns: numbers for all modes but those that `settings["left_out"]` gives a reason for.
@@ -97,7 +99,7 @@ def evaluate(
     for mode in modes:
         if mode not in MODES:
             raise UnknownOption(f"mode {mode!r} is not known: {nearest(mode, MODES)}")
-    model = HandoffModel.from_pretrained(folder, llm=llm, dtype=dtype, device=device)
+    model = HandoffModel.from_pretrained(folder, llm=llm, dtype=dtype, device=device, runtime=runtime)
     home = local_folder(folder)
     if pairs is None:
         if not model.config.held_out:
@@ -111,12 +113,12 @@ def evaluate(
     if "llm" in modes and model.config.llm["kind"] == "encoder-only":
         left_out["llm"] = "an encoder does not write"
     elif "llm" in modes:
-        writers["llm"] = load(model.config.llm["id"], dtype=model.dtype, device=device)
+        writers["llm"] = load(model.config.llm["id"], dtype=model.dtype, device=device, runtime=runtime)
     alone = slm or model.config.slm_alone
     if "slm" in modes and not alone:
         left_out["slm"] = "the hand-off names no SLM trained alone: pass one (--slm)"
     elif "slm" in modes:
-        writers["slm"] = load(str(alone), dtype=model.dtype, device=device)
+        writers["slm"] = load(str(alone), dtype=model.dtype, device=device, runtime=runtime)
     writers |= _variants(model, [p.prompt for p in pairs], [m for m in modes if m not in ("llm", "slm")], truncate)
     report = EvalReport(
         machine=machine(),
@@ -125,6 +127,7 @@ def evaluate(
             "model": Path(folder).name,
             "prompts": len(pairs),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "runtime": runtime_of(model.slm).name,
             "decoding": "greedy",
             "batch_size_quality": batch_size,
             "batch_size_speed": 1,

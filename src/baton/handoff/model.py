@@ -37,7 +37,8 @@ from baton.models.loading import (
 from baton.models.prompts import prompt_limit, same_tokenizer
 from baton.models.text import IGNORE, embed_tokens, pack, response_logits
 from baton.models.writer import PromptInputs
-from baton.types import Timings
+from baton.runtime import prepare
+from baton.types import RuntimeName, Timings
 
 WEIGHTS = "handoff.safetensors"  # everything trained but a fully trained SLM, which has its own folder
 READING = ("llm", "shuffled")  # signals for which the LLM is run
@@ -361,6 +362,7 @@ class HandoffModel(PreTrainedModel):
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         encoder: bool = True,
+        runtime: RuntimeName = "auto",
     ) -> "HandoffModel":
         """Load a hand-off from a folder or Hub id.
 
@@ -368,6 +370,7 @@ class HandoffModel(PreTrainedModel):
             llm: where its LLM is, when not where the pointer says; must be the very same weights.
             dtype: "auto" keeps the stored one; device: None is the first GPU or the CPU.
             encoder: False leaves the LLM out, for work with cached states.
+            runtime: how LLM and SLM are made fast, see `baton.runtime.prepare`.
         Raises: NotAHandoff, or ModelMismatch when the LLM is missing or another one.
         """
         if Path(source).is_dir():
@@ -412,7 +415,11 @@ class HandoffModel(PreTrainedModel):
         if lost or unexpected:
             raise NotAHandoff(f"{folder / WEIGHTS} does not fit its config.json: {(lost + unexpected)[:3]}")
         stored = next(iter(weights.values())).dtype
-        return model.to(where, stored if torch_dtype == "auto" else torch_dtype).eval()
+        model = model.to(where, stored if torch_dtype == "auto" else torch_dtype).eval()
+        prepare(model.slm, runtime)
+        if reader is not None:
+            reader.prepare(runtime)
+        return model
 
 
 def _set_trainable(model: HandoffModel, options: HandoffOptions) -> None:

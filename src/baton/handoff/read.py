@@ -21,6 +21,8 @@ from transformers import (
 
 from baton.errors import ModelMismatch, UnknownOption, UnsupportedModel
 from baton.models.loading import first_line, kind_of, quiet_loading, read_config
+from baton.runtime.native import T5Reader, make_reader
+from baton.types import RuntimeName
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -78,6 +80,7 @@ class PromptEncoder:
         self.width: int = getattr(model.config, "hidden_size", model.get_input_embeddings().weight.shape[1])
         if not cut and not self.mixes:  # one size of OPT maps its last layer back to the width of its embeddings
             self.width = getattr(model.config, "word_embed_proj_dim", self.width)
+        self._native: T5Reader | None = None
 
     @classmethod
     def from_pretrained(
@@ -118,6 +121,10 @@ class PromptEncoder:
             raise ModelMismatch(f"cannot load the LLM {where!r}: {first_line(error)}") from error
         return cls(model.to(device or "cpu"), kind=kind, layer=layer, depth=depth, cut=cut or keep < depth)
 
+    def prepare(self, runtime: RuntimeName) -> None:
+        """Read faster, where the runtime asked for can: `baton.runtime`."""
+        self._native = make_reader(self.model) if runtime in ("auto", "native") else None
+
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -145,6 +152,10 @@ class PromptEncoder:
             finally:
                 hook.remove()
             return _unit_rms(captured[0])
+        if self._native is not None and not self._native.stack.valid:  # moved or converted
+            self._native = make_reader(self.model)
+        if self._native is not None:
+            return self._native(self.embed(ids), mask)
         output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=self.mixes)
         if self.mixes:
             return torch.cat([_unit_rms(h) for h in output.hidden_states[1:]], dim=-1)

@@ -7,7 +7,7 @@ of different lengths, and later trees of drafts, share one pass. A family is sup
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,15 @@ from transformers import PreTrainedModel
 from baton.cache import CrossCache, Memory, RowCache
 from baton.errors import UnsupportedModel
 from baton.models.writer import PromptInputs
+from baton.types import RuntimeName
+
+
+class Runtime(NamedTuple):
+    """How a model runs; `baton_runtime` of one that was made faster."""
+
+    name: RuntimeName
+    target: "type[Target] | None" = None  # runs it; None: as its family is run
+    kind: tuple[torch.device, torch.dtype] | None = None  # of the model then: it may have been moved since
 
 
 class Target(ABC):
@@ -443,7 +452,7 @@ def slot_bytes(model: PreTrainedModel) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "d_kv", None) or getattr(config, "head_dim", None)
     width = width or config.hidden_size // config.num_attention_heads
-    return int(2 * layers * heads * width * next(model.parameters()).element_size())
+    return int(2 * layers * heads * width * model.dtype.itemsize)
 
 
 # Families whose logits were compared with their own forward, ragged rows included (tests/test_engine.py).
@@ -481,7 +490,13 @@ def target_for(model: PreTrainedModel) -> Target:
             f"models of type {family!r} are not supported by Baton's engine yet (supported: {', '.join(FAMILIES)}); "
             "transformers' own generate may run them"
         )
-    return FAMILIES[family](model)
+    return (runtime_of(model).target or FAMILIES[family])(model)
+
+
+def runtime_of(model: PreTrainedModel) -> Runtime:
+    """How a model runs. One that nobody made faster is eager, and so is one that was moved or converted since."""
+    found: Runtime | None = getattr(model, "baton_runtime", None)
+    return found if found is not None and found.kind == (model.device, model.dtype) else Runtime("eager")
 
 
 def _window(config: Any) -> tuple[bool, int | None]:

@@ -20,9 +20,10 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from baton.errors import BatonError, ModelMismatch, UnsupportedModel
+from baton.models.adapter import runtime_of
 from baton.models.prompts import prompt_limit
 from baton.models.writer import PromptInputs, Writer
-from baton.types import Timings
+from baton.types import RuntimeName, Timings
 
 HANDOFF_TYPE = "baton-handoff"  # model_type in the config.json of a hand-off
 
@@ -115,13 +116,20 @@ def quiet_loading() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def load(source: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None) -> Writer:
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    runtime: RuntimeName = "auto",
+) -> Writer:
     """A model that writes, with its tokenizer, ready for `generate`.
 
     Args:
         source: folder or Hub id, of a hand-off or of any language model that transformers knows.
         dtype: "auto" is the dtype of the stored weights.
         device: None is the first GPU, or the CPU where there is none.
+        runtime: how it is made fast, see `baton.runtime.prepare`; `eager` to train it, move it or save it afterwards.
     Raises:
         ModelMismatch: there is no model at `source`.
         BatonError: it cannot be read.
@@ -131,7 +139,7 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "auto", device: str |
     if raw.get("model_type") == HANDOFF_TYPE:
         from baton.handoff.model import HandoffModel  # a hand-off stands above the models that it joins
 
-        return HandoffModel.from_pretrained(source, dtype=dtype, device=device)
+        return HandoffModel.from_pretrained(source, dtype=dtype, device=device, runtime=runtime)
     model_type = raw.get("model_type")
     try:
         config = AutoConfig.from_pretrained(str(source))
@@ -143,7 +151,17 @@ def load(source: str | Path, *, dtype: str | torch.dtype = "auto", device: str |
         tokenizer = AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
         raise BatonError(f"cannot load {source} (type {model_type!r}): {first_line(error)}") from error
-    return LanguageModel(model.to(resolve_device(device)).eval(), tokenizer, str(source))
+    model = model.to(resolve_device(device)).eval()
+    from baton.runtime import prepare  # runtimes know the models that they run
+
+    prepare(model, runtime)
+    return LanguageModel(model, tokenizer, str(source))
+
+
+def beside(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of `load` for a model that works with this one: of its dtype, on its device, eager if it is."""
+    runtime: RuntimeName = "eager" if runtime_of(model).name == "eager" else "auto"
+    return {"dtype": model.dtype, "device": model.device, "runtime": runtime}
 
 
 def kind_of(config: PreTrainedConfig) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # name: module, what it is installed as
 PEERS = {
     "transformers": ("baton.bench.peers.transformers", "transformers"),
+    "llama.cpp": ("baton.bench.peers.llama_cpp", "baton-decoding[peers]"),
     "ctranslate2": ("baton.bench.peers.ctranslate2", "baton-decoding[peers]"),
 }
 

@@ -1,0 +1,162 @@
+"""llama.cpp on the same weights, written to GGUF: greedy, prompt lookup, and a draft model; one prompt at a time."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from llama_cpp import Llama
+from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from baton.bench.peers.table import Absent
+from baton.models.loading import LanguageModel, load
+from baton.models.prompts import tokenize_prompts
+from baton.models.writer import Writer
+from baton.types import FinishReason, Output
+
+FAMILIES = ("llama", "mistral")  # of ours, those that are written to GGUF here
+NUM_DRAFT_TOKENS = 10  # of both drafting modes, as transformers' prompt lookup is given
+
+
+def contenders(writer: Writer, max_new_tokens: int, assistant: str | None) -> list["LlamaCppPeer"]:
+    family = writer.lm.config.model_type
+    if not isinstance(writer, LanguageModel) or family not in FAMILIES:
+        raise Absent(f"llama.cpp is left out: here it runs {', '.join(FAMILIES)}, and this is {family}")
+    context = min(writer.lm.config.max_position_embeddings, 4096)
+    drafts: dict[str, LlamaDraftModel | None] = {
+        "greedy": None,
+        "prompt lookup": LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=NUM_DRAFT_TOKENS),
+    }
+    if assistant is not None:
+        drafts["draft model"] = _Small(open_llama(load(assistant, dtype=writer.lm.dtype).lm, context))
+    return [
+        LlamaCppPeer(writer, kind, open_llama(writer.lm, context, draft), context, max_new_tokens)
+        for kind, draft in drafts.items()
+    ]
+
+
+class LlamaCppPeer:
+    """`Llama.generate` of llama-cpp-python, on as many threads as PyTorch has."""
+
+    family, batches = "peer", False
+
+    def __init__(self, writer: LanguageModel, kind: str, llama: Llama, context: int, max_new_tokens: int) -> None:
+        self.writer, self.llama, self.context, self.max_new_tokens = writer, llama, context, max_new_tokens
+        self.name = f"llama.cpp {kind}"
+        ends = writer.lm.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+
+    def write(self, prompts: Sequence[str], first_index: int) -> list[Output]:
+        tokenizer = self.writer.tokenizer
+        outputs = []
+        for prompt, row in zip(
+            prompts, tokenize_prompts(tokenizer, prompts, self.writer.prompt_limits, truncate=True), strict=True
+        ):
+            ids: list[int] = []
+            room = min(self.max_new_tokens, self.context - len(row))
+            reason: FinishReason = "length"
+            self.llama.reset()  # or it would reuse what it knows of an equal beginning
+            for token in self.llama.generate(row, temp=0.0, repeat_penalty=1.0):
+                ids.append(token)
+                if token in self.ends:
+                    reason = "eos"
+                if reason == "eos" or len(ids) == room:
+                    break
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            outputs.append(Output(prompt=prompt, text=text, token_ids=ids, finish_reason=reason))
+        return outputs
+
+
+class _Small(LlamaDraftModel):
+    """A chain of tokens that a small model finds most probable."""
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama = llama
+
+    def __call__(self, input_ids: Any, /, **kwargs: Any) -> Any:
+        found: list[int] = []
+        # What both texts begin with stays in the small model's cache.
+        for token in self.llama.generate(input_ids.tolist(), temp=0.0, repeat_penalty=1.0):
+            found.append(token)
+            if len(found) == NUM_DRAFT_TOKENS:
+                break
+        return np.array(found, dtype=np.intc)
+
+
+def open_llama(model: PreTrainedModel, context: int, draft: LlamaDraftModel | None = None) -> Llama:
+    """llama.cpp with a copy of these weights, in their dtype."""
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(model, path)
+        return Llama(
+            str(path),
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            draft_model=draft,
+            logits_all=draft is not None,  # it verifies drafts by them
+            use_mmap=False,
+            verbose=False,
+        )
+
+
+def write_gguf(model: PreTrainedModel, path: Path) -> None:
+    """Weights of a Llama-shaped model, in their own dtype, without a vocabulary: ids go in and come out."""
+    config: Any = model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_tokenizer_model("no_vocab")
+    out.add_vocab_size(config.vocab_size)
+    out.add_block_count(config.num_hidden_layers)
+    out.add_context_length(config.max_position_embeddings)
+    out.add_embedding_length(config.hidden_size)
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count(heads)
+    out.add_head_count_kv(kv_heads)
+    out.add_key_length(width)
+    out.add_value_length(width)
+    out.add_rope_dimension_count(width)
+    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+    def add(name: str, weight: Tensor) -> None:
+        weight = weight.detach().cpu().contiguous()
+        if weight.dim() == 1 or weight.dtype == torch.float32:
+            out.add_tensor(name, weight.float().numpy())
+        elif weight.dtype == torch.bfloat16:
+            raw = weight.view(torch.uint8).numpy()
+            out.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            out.add_tensor(name, weight.numpy())
+
+    def paired(weight: Tensor, count: int) -> Tensor:
+        """Rows of each head in the order that llama.cpp turns them: neighbours together, not halves."""
+        return weight.reshape(count, 2, width // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+    body: Any = model.base_model
+    add("token_embd.weight", body.embed_tokens.weight)
+    for number, layer in enumerate(body.layers):
+        place = f"blk.{number}."
+        attention, mlp = layer.self_attn, layer.mlp
+        add(f"{place}attn_norm.weight", layer.input_layernorm.weight)
+        add(f"{place}attn_q.weight", paired(attention.q_proj.weight, heads))
+        add(f"{place}attn_k.weight", paired(attention.k_proj.weight, kv_heads))
+        add(f"{place}attn_v.weight", attention.v_proj.weight)
+        add(f"{place}attn_output.weight", attention.o_proj.weight)
+        add(f"{place}ffn_norm.weight", layer.post_attention_layernorm.weight)
+        add(f"{place}ffn_gate.weight", mlp.gate_proj.weight)
+        add(f"{place}ffn_up.weight", mlp.up_proj.weight)
+        add(f"{place}ffn_down.weight", mlp.down_proj.weight)
+    add("output_norm.weight", body.norm.weight)
+    add("output.weight", model.get_output_embeddings().weight)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()

@@ -1,0 +1,401 @@
+/* A transformer layer over few tokens, in one call: what a decode step costs when nothing but the weights is read.
+
+   Weights stay as the model stores them, [out, in] in float32 or bfloat16, and are read once for all rows. Sums are in
+   float32, and each is taken in one order whatever else is computed beside it: a row's numbers depend neither on its
+   neighbours nor on how many tokens are read at once. The residual stream is float32 too.
+
+   Compiled on first use by `baton.runtime.native`, for the machine it runs on. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <omp.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+typedef float vf __attribute__((vector_size(64)));
+typedef float vf_any __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2)));
+typedef uint16_t bf16;
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+enum { F32 = 0, BF16 = 1 };
+enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3 };
+
+typedef struct {
+  const void *weight, *bias; /* [out, in] and [out], or NULL */
+  int64_t out, in;
+} Linear;
+
+/* One layer. Parts that a family does not have are NULL. */
+typedef struct {
+  Linear q, k, v, o, cross_q, cross_o, gate, up, down; /* a feed-forward part without gate has only `gate` */
+  const void *norm, *cross_norm, *mlp_norm;            /* [d] */
+  const void *q_norm, *k_norm;                         /* [width], of every head */
+  const float *bias;                                   /* [heads, bias_size], added by distance */
+  void *keys, *values;                                 /* [rows, kv_heads, capacity, width] */
+  const void *cross_keys, *cross_values;               /* [rows, heads, cross_slots, width] */
+  int64_t heads, kv_heads, width, capacity, cross_slots, bias_size, bias_offset, window;
+  float epsilon, scale;
+  int32_t dtype, activation;
+} Layer;
+
+/* What all layers of one pass share. */
+typedef struct {
+  float *hidden;            /* [rows * count, d], changed in place */
+  const int32_t *starts;    /* [rows], slots in use before */
+  const int32_t *lengths;   /* [rows], of an encoder's rows: all attend to all; NULL: each to what is before it */
+  const int32_t *positions; /* [rows * count] */
+  const uint8_t *tree;      /* [rows, count, count], who sees whom among the new tokens; NULL: a chain */
+  const float *cos, *sin;   /* [positions, width / 2], or NULL */
+  const int32_t *cross_lengths; /* [rows] */
+  char *scratch;            /* `scratch_bytes` of them */
+  int64_t rows, count, d, slots; /* slots: most that a row attends to */
+  int32_t threads;
+} Pass;
+
+INLINE vf load_f32(const float *p) { return *(const vf_any *)p; }
+INLINE void store_f32(float *p, vf v) { *(vf_any *)p = v; }
+INLINE vf load_bf16(const bf16 *p) { return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16); }
+INLINE vf load(const void *p, int64_t i, int dtype) {
+  return dtype == BF16 ? load_bf16((const bf16 *)p + i) : load_f32((const float *)p + i);
+}
+INLINE float load_one(const void *p, int64_t i, int dtype) {
+  if (dtype == F32) return ((const float *)p)[i];
+  union { uint32_t u; float f; } both = {(uint32_t)((const bf16 *)p)[i] << 16};
+  return both.f;
+}
+/* To the nearest, ties to even; what is not a number stays so. */
+INLINE void store(void *p, int64_t i, vf v, int dtype) {
+  if (dtype == F32) { store_f32((float *)p + i, v); return; }
+  vu u = (vu)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vi number = v == v;
+  *(vh_any *)((bf16 *)p + i) = __builtin_convertvector((rounded & (vu)number) | (0x7fc0 & ~(vu)number), vh_any);
+}
+INLINE int64_t size_of(int dtype) { return dtype == BF16 ? 2 : 4; }
+INLINE vf splat(float x) { return x - (vf){0}; }
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
+INLINE float sum(vf v) {
+  union { vf all; v8 half[2]; } a = {v};
+  union { v8 all; v4 half[2]; } b = {a.half[0] + a.half[1]};
+  v4 c = b.half[0] + b.half[1];
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+INLINE vf pick(vi where, vf yes, vf no) { return (vf)(((vi)yes & where) | ((vi)no & ~where)); }
+
+/* e^x, relative error below 2e-7: 2^n times a polynomial in what is left. */
+INLINE vf exponential(vf x) {
+  x = pick(x < -87.0f, splat(-87.0f), x);
+  x = pick(x > 88.0f, splat(88.0f), x);
+  vf scaled = x * 1.44269504f;
+  vi n = __builtin_convertvector(scaled + pick(scaled < 0.0f, splat(-0.5f), splat(0.5f)), vi);
+  vf f = __builtin_convertvector(n, vf), r = x - f * 0.693145752f - f * 1.42860677e-6f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (p * r * r + r + 1.0f) * (vf)((n + 127) << 23);
+}
+
+/* Call for what lies some tiles ahead: into the nearest cache where there is little to compute meanwhile, or else into
+   the next, which takes more requests at a time. */
+INLINE void ahead(const void *p, int64_t tile, int m) {
+  if (m <= 2) __builtin_prefetch((const char *)p + 4 * tile, 0, 3);
+  else __builtin_prefetch((const char *)p + 2 * tile, 0, 2);
+}
+
+/* out[i][j] of m <= 4 rows of x and n <= 4 rows of w: one running sum of lanes each, in the order of k.
+   The rows of w that follow are called for meanwhile, in the order in which they lie: one row is too short for the
+   hardware to see that others follow. */
+#define TILE 4
+#define EACH(i, n) _Pragma("GCC unroll 4") for (int i = 0; i < n; i++)
+INLINE void tile(const void *w, const void *x, int64_t k, int m, int n, int dtype, float *out) {
+  vf acc[TILE][TILE];
+  EACH(i, m) EACH(j, n) acc[i][j] = (vf){0};
+#if defined(__AVX512BF16__)
+  if (dtype == BF16) {
+    for (int64_t at = 0; at < k; at += 2 * LANES) {
+      __m512bh b[TILE];
+      EACH(j, n) {
+        b[j] = (__m512bh)_mm512_loadu_si512((const bf16 *)w + j * k + at);
+        ahead((const bf16 *)w + TILE * at + j * 2 * LANES, TILE * k * 2, m);
+      }
+      EACH(i, m) {
+        __m512bh a = (__m512bh)_mm512_loadu_si512((const bf16 *)x + i * k + at);
+        EACH(j, n) acc[i][j] = (vf)_mm512_dpbf16_ps((__m512)acc[i][j], a, b[j]);
+      }
+    }
+  } else
+#endif
+    for (int64_t at = 0; at < k; at += LANES) {
+      vf b[TILE];
+      EACH(j, n) {
+        b[j] = load(w, j * k + at, dtype);
+        ahead((const char *)w + (TILE * at + j * LANES) * size_of(dtype), TILE * k * size_of(dtype), m);
+      }
+      EACH(i, m) {
+        vf a = load(x, i * k + at, dtype);
+        EACH(j, n) acc[i][j] += a * b[j];
+      }
+    }
+  EACH(i, m) EACH(j, n) out[i * TILE + j] = sum(acc[i][j]);
+}
+
+/* The same with sizes that the compiler knows, where they are the usual ones. */
+#define SIZED(NAME, DTYPE)                                                                            \
+  static void NAME(const void *w, const void *x, int64_t k, int m, int n, float *out) {               \
+    if (n < TILE) tile(w, x, k, m, n, DTYPE, out);                                                    \
+    else if (m == 1) tile(w, x, k, 1, TILE, DTYPE, out);                                              \
+    else if (m == 2) tile(w, x, k, 2, TILE, DTYPE, out);                                              \
+    else if (m == 3) tile(w, x, k, 3, TILE, DTYPE, out);                                              \
+    else tile(w, x, k, TILE, TILE, DTYPE, out);                                                       \
+  }
+SIZED(tile_f32, F32)
+SIZED(tile_bf16, BF16)
+
+/* Outputs [first, last) of a linear map for m rows of x, [m, in] in the weights' dtype; added to `out` or put there. */
+static void linear(const Linear *l, const void *x, int64_t m, int dtype, int64_t first, int64_t last, float *out,
+                   int64_t stride, int add) {
+  const int64_t row = l->in * size_of(dtype);
+  for (int64_t n = first; n < last; n += TILE) {
+    const int wide = last - n < TILE ? (int)(last - n) : TILE;
+    const char *w = (const char *)l->weight + n * row;
+    for (int64_t i = 0; i < m; i += TILE) {
+      const int high = m - i < TILE ? (int)(m - i) : TILE;
+      float part[TILE * TILE];
+      (dtype == BF16 ? tile_bf16 : tile_f32)(w, (const char *)x + i * row, l->in, high, wide, part);
+      for (int r = 0; r < high; r++)
+        for (int j = 0; j < wide; j++) {
+          float y = part[r * TILE + j] + (l->bias ? load_one(l->bias, n + j, dtype) : 0.0f);
+          float *at = out + (i + r) * stride + n + j;
+          *at = add ? *at + y : y;
+        }
+    }
+  }
+}
+
+/* Rows of x, [m, d], by their root mean square and a weight, into the weights' dtype. */
+static void rms_norm(const float *x, const void *weight, int64_t m, int64_t d, float epsilon, int dtype, void *out) {
+  for (int64_t i = 0; i < m; i++) {
+    vf squares = {0};
+    for (int64_t at = 0; at < d; at += LANES) {
+      vf v = load_f32(x + i * d + at);
+      squares += v * v;
+    }
+    const float by = 1.0f / sqrtf(sum(squares) / (float)d + epsilon);
+    for (int64_t at = 0; at < d; at += LANES)
+      store(out, i * d + at, load_f32(x + i * d + at) * by * load(weight, at, dtype), dtype);
+  }
+}
+
+INLINE vf activate(vf x, int kind) {
+  if (kind == RELU) return pick(x > 0.0f, x, (vf){0});
+  if (kind == SILU) return x / (exponential(-x) + 1.0f);
+  if (kind == GELU_TANH) { /* x * sigmoid(2 y) is x/2 (1 + tanh y) */
+    vf y = (x * x * x * 0.044715f + x) * 0.7978845608f;
+    return x / (exponential(y * -2.0f) + 1.0f);
+  }
+  for (int i = 0; i < LANES; i++) x[i] *= 0.5f * (1.0f + erff(x[i] * 0.70710678f));
+  return x;
+}
+
+/* A thread's share of n things, in whole vectors. */
+static void share(int64_t n, int64_t *first, int64_t *last) {
+  const int64_t parts = (n + LANES - 1) / LANES, all = omp_get_num_threads(), me = omp_get_thread_num();
+  *first = parts * me / all * LANES;
+  *last = parts * (me + 1) / all * LANES;
+  if (*last > n) *last = n;
+}
+
+/* One query over `slots` keys and values: softmax(scale q k + what scores[slot] holds) v. Slots at -inf are not seen.
+
+   q: [width] float32; k, v: [slots, width]; out: [width], in the weights' dtype. */
+static void attend(const float *q, const void *k, const void *v, int64_t slots, int64_t width, float scale,
+                   float *scores, int dtype, void *out) {
+  float most = -INFINITY;
+  for (int64_t s = 0; s < slots; s++) {
+    if (scores[s] == -INFINITY) continue;
+    vf acc = {0};
+    for (int64_t at = 0; at < width; at += LANES) acc += load_f32(q + at) * load(k, s * width + at, dtype);
+    scores[s] += sum(acc) * scale;
+    most = scores[s] > most ? scores[s] : most;
+  }
+  float total = 0;
+  for (int64_t s = 0; s < slots; s += LANES) { /* the buffer is a multiple of LANES long */
+    vf x = load_f32(scores + s);
+    store_f32(scores + s, pick(x == -INFINITY, (vf){0}, exponential(x - most)));
+    const int64_t end = slots - s < LANES ? slots : s + LANES;
+    for (int64_t i = s; i < end; i++) total += scores[i];
+  }
+  const float by = 1.0f / total;
+  for (int64_t at = 0; at < width; at += 2 * LANES) {
+    const int two = at + LANES < width;
+    vf acc = {0}, more = {0};
+    for (int64_t s = 0; s < slots; s++) {
+      if (scores[s] == 0.0f) continue;
+      acc += load(v, s * width + at, dtype) * scores[s];
+      if (two) more += load(v, s * width + at + LANES, dtype) * scores[s];
+    }
+    store(out, at, acc * by, dtype);
+    if (two) store(out, at + LANES, more * by, dtype);
+  }
+}
+#define ATTEND(NAME, DTYPE)                                                                                      \
+  static void NAME(const float *q, const void *k, const void *v, int64_t slots, int64_t width, float scale,      \
+                   float *scores, void *out) {                                                                   \
+    attend(q, k, v, slots, width, scale, scores, DTYPE, out);                                                    \
+  }
+ATTEND(attend_f32, F32)
+ATTEND(attend_bf16, BF16)
+
+/* Turn a head's vector by its position, arXiv 2104.09864; the halves are turned together. */
+static void turn(float *x, const float *cos, const float *sin, int64_t width) {
+  for (int64_t i = 0; i < width / 2; i++) {
+    const float a = x[i], b = x[i + width / 2];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + width / 2] = b * cos[i] + a * sin[i];
+  }
+}
+
+static void norm_head(float *x, const void *weight, int64_t width, float epsilon, int dtype) {
+  float squares = 0;
+  for (int64_t i = 0; i < width; i++) squares += x[i] * x[i];
+  const float by = 1.0f / sqrtf(squares / (float)width + epsilon);
+  for (int64_t i = 0; i < width; i++) x[i] *= by * load_one(weight, i, dtype);
+}
+
+/* What a query may see, as the start of its scores: 0 or the bias by distance, and -inf where it may not look. */
+static void look(const Layer *l, const Pass *p, int64_t row, int64_t query, int64_t head, int64_t slots, float *scores) {
+  const int64_t n = p->count, start = p->starts[row], here = p->positions[row * n + query];
+  const float *bias = l->bias ? l->bias + head * l->bias_size + l->bias_offset : 0;
+  for (int64_t s = 0; s < slots; s++) {
+    const int64_t j = s - start, place = j < 0 ? s : p->positions[row * n + j];
+    int seen = 1;
+    if (j >= 0 && !p->lengths) seen = p->tree ? p->tree[(row * n + query) * n + j] : j <= query;
+    if (l->window && here - place >= l->window) seen = 0;
+    scores[s] = !seen ? -INFINITY : bias ? bias[here - place] : 0.0f;
+  }
+}
+
+static char *take(char **at, int64_t bytes) {
+  char *found = *at;
+  *at += (bytes + 63) / 64 * 64;
+  return found;
+}
+
+/* Bytes that `layer` works in. */
+int64_t scratch_bytes(const Layer *l, int64_t tokens, int64_t d, int64_t slots, int32_t threads) {
+  const int64_t a_token = (l->heads + 2 * l->kv_heads + l->heads) * l->width + 3 * l->gate.out;
+  return 4 * (tokens * a_token + threads * (tokens * d + slots + LANES)) + 64 * (8 + 2 * threads);
+}
+
+void layer(const Layer *l, const Pass *p) {
+  const int64_t n = p->count, m = p->rows * n, d = p->d, width = l->width, groups = l->heads / l->kv_heads;
+  const int64_t q_out = l->heads * width, kv_out = l->kv_heads * width, wide = q_out + 2 * kv_out, inner = l->gate.out;
+  const int64_t bytes = size_of(l->dtype), padded = (p->slots + LANES - 1) / LANES * LANES;
+  const int dtype = l->dtype;
+  char *free = p->scratch;
+  float *qkv = (float *)take(&free, 4 * m * wide);
+  char *seen = take(&free, 4 * m * q_out), *product = take(&free, 4 * m * inner);
+  float *gate = (float *)take(&free, 4 * m * inner), *up = (float *)take(&free, 4 * m * inner);
+  char *own = free;
+#pragma omp parallel num_threads(p->threads)
+  {
+    char *mine = own + omp_get_thread_num() * ((4 * m * d + 63) / 64 * 64 + (4 * padded + 63) / 64 * 64);
+    void *x = take(&mine, 4 * m * d);
+    float *scores = (float *)mine;
+    int64_t first, last;
+    rms_norm(p->hidden, l->norm, m, d, l->epsilon, dtype, x); /* by every thread for itself: cheaper than to wait */
+    share(q_out, &first, &last);
+    linear(&l->q, x, m, dtype, first, last, qkv, wide, 0);
+    share(kv_out, &first, &last);
+    linear(&l->k, x, m, dtype, first, last, qkv + q_out, wide, 0);
+    linear(&l->v, x, m, dtype, first, last, qkv + q_out + kv_out, wide, 0);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p->rows * l->kv_heads; unit++) {
+      const int64_t row = unit / l->kv_heads, group = unit % l->kv_heads, start = p->starts[row];
+      const int64_t slots = p->lengths ? p->lengths[row] : start + n;
+      const int64_t at = (row * l->kv_heads + group) * l->capacity * width;
+      char *keys = (char *)l->keys + at * bytes, *values = (char *)l->values + at * bytes;
+      for (int64_t i = 0; i < n; i++) {
+        float *token = qkv + (row * n + i) * wide, *k = token + q_out + group * width, *v = k + kv_out;
+        for (int64_t h = 0; h <= groups; h++) { /* the queries of the group, then its key */
+          float *vector = h < groups ? token + (group * groups + h) * width : k;
+          const void *weight = h < groups ? l->q_norm : l->k_norm;
+          if (weight) norm_head(vector, weight, width, l->epsilon, dtype);
+          if (p->cos) {
+            const int64_t angle = p->positions[row * n + i] * (width / 2);
+            turn(vector, p->cos + angle, p->sin + angle, width);
+          }
+        }
+        for (int64_t c = 0; c < width; c += LANES) {
+          store(keys, (start + i) * width + c, load_f32(k + c), dtype);
+          store(values, (start + i) * width + c, load_f32(v + c), dtype);
+        }
+      }
+      for (int64_t i = 0; i < n; i++)
+        for (int64_t h = group * groups; h < (group + 1) * groups; h++) {
+          look(l, p, row, i, h, slots, scores);
+          (dtype == BF16 ? attend_bf16 : attend_f32)(qkv + (row * n + i) * wide + h * width, keys, values, slots, width,
+                                                      l->scale, scores, seen + ((row * n + i) * q_out + h * width) * bytes);
+        }
+    }
+    share(d, &first, &last);
+    linear(&l->o, seen, m, dtype, first, last, p->hidden, d, 1);
+#pragma omp barrier
+    if (l->cross_q.weight) {
+      rms_norm(p->hidden, l->cross_norm, m, d, l->epsilon, dtype, x);
+      share(q_out, &first, &last);
+      linear(&l->cross_q, x, m, dtype, first, last, qkv, wide, 0);
+#pragma omp barrier
+#pragma omp for schedule(static)
+      for (int64_t unit = 0; unit < p->rows * l->heads; unit++) {
+        const int64_t row = unit / l->heads, h = unit % l->heads, at = unit * l->cross_slots * width * bytes;
+        for (int64_t i = 0; i < n; i++) {
+          memset(scores, 0, 4 * p->cross_lengths[row]);
+          (dtype == BF16 ? attend_bf16 : attend_f32)(
+              qkv + (row * n + i) * wide + h * width, (const char *)l->cross_keys + at, (const char *)l->cross_values + at,
+              p->cross_lengths[row], width, l->scale, scores, seen + ((row * n + i) * q_out + h * width) * bytes);
+        }
+      }
+      share(d, &first, &last);
+      linear(&l->cross_o, seen, m, dtype, first, last, p->hidden, d, 1);
+#pragma omp barrier
+    }
+    rms_norm(p->hidden, l->mlp_norm, m, d, l->epsilon, dtype, x);
+    share(inner, &first, &last);
+    linear(&l->gate, x, m, dtype, first, last, gate, inner, 0);
+    if (l->up.weight) linear(&l->up, x, m, dtype, first, last, up, inner, 0);
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t c = i * inner + first; c < i * inner + last; c += LANES) {
+        vf y = activate(load_f32(gate + c), l->activation);
+        store(product, c, l->up.weight ? y * load_f32(up + c) : y, dtype);
+      }
+#pragma omp barrier
+    share(d, &first, &last);
+    linear(&l->down, product, m, dtype, first, last, p->hidden, d, 1);
+  }
+}
+
+/* Rows of x, [m, d] in float32, normed into the weights' dtype. */
+void norm(const float *x, const void *weight, int64_t m, int64_t d, float epsilon, int32_t dtype, void *out) {
+  rms_norm(x, weight, m, d, epsilon, dtype, out);
+}
+
+/* A linear map by itself: x, [m, in] in the weights' dtype, to out, [m, out] in float32. */
+void map(const Linear *l, const void *x, int64_t m, int32_t dtype, int32_t threads, float *out) {
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t first, last;
+    share(l->out, &first, &last);
+    linear(l, x, m, dtype, first, last, out, l->out, 0);
+  }
+}

@@ -1,0 +1,550 @@
+"""Native layers: each layer of a pass is one call of a C function, on the weights as the model holds them.
+
+What a small model's step costs in stock code is the calling of some fifty operations per layer, and a large one's is
+reading the weights, in bfloat16 at half the speed of memory. `kernels.c` calls once and reads once. Nothing is copied:
+the model can still be saved, and trained by its stock layers.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from baton.cache import CrossCache, Memory, RowCache
+from baton.errors import BatonError, UnsupportedModel
+from baton.models.adapter import T5, DecoderOnly, Runtime, Target, next_positions
+from baton.models.writer import PromptInputs
+
+log = logging.getLogger(__name__)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "ReLU": 1, "NewGELUActivation": 2, "GELUTanh": 2, "GELUActivation": 3}
+LANES = 16
+TOKENS_AT_ONCE = 512  # of a prompt pass; more would only take more memory
+
+
+class _Linear(Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("out", c_int64), ("inner", c_int64))
+
+
+class _Layer(Structure):
+    _fields_ = (
+        *((name, _Linear) for name in ("q", "k", "v", "o", "cross_q", "cross_o", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("norm", "cross_norm", "mlp_norm", "q_norm", "k_norm", "bias")),
+        *((name, c_void_p) for name in ("keys", "values", "cross_keys", "cross_values")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "width", "capacity", "cross_slots")),
+        *((name, c_int64) for name in ("bias_size", "bias_offset", "window")),
+        ("epsilon", c_float),
+        ("scale", c_float),
+        ("dtype", c_int32),
+        ("activation", c_int32),
+    )
+
+
+class _Pass(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("hidden", "starts", "lengths", "positions", "tree", "cos", "sin")),
+        *((name, c_void_p) for name in ("cross_lengths", "scratch")),
+        *((name, c_int64) for name in ("rows", "count", "d", "slots")),
+        ("threads", c_int32),
+    )
+
+
+@cache
+def kernels() -> Any:
+    """The compiled functions; compiled once per machine and version of the source.
+
+    Raises: OSError or subprocess.CalledProcessError where that is not possible.
+    """
+    source = files("baton.runtime").joinpath("kernels.c").read_text(encoding="utf-8")
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise OSError("there is no C compiler (cc, gcc or clang)")
+    command = [*compiler.split(), "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+    machine = platform.machine() + _cpu_flags()
+    key = hashlib.sha256("\0".join([source, *command, machine]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("BATON_CACHE") or Path.home() / ".cache" / "baton")
+    library = folder / f"kernels-{key}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            (Path(work) / "kernels.c").write_text(source, encoding="utf-8")
+            made = Path(work) / library.name
+            subprocess.run(
+                [*command, "kernels.c", "-o", made.name, "-lm"], cwd=work, check=True, capture_output=True, timeout=120
+            )
+            made.replace(library)  # whoever compiles at the same time puts the same there
+    loaded = ctypes.CDLL(str(library))
+    pointer, size = c_void_p, c_int64
+    loaded.layer.argtypes = (pointer, pointer)
+    loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = (pointer, size, size, size, c_int32), c_int64
+    loaded.norm.argtypes = (pointer, pointer, size, size, c_float, c_int32, pointer)
+    loaded.map.argtypes = (pointer, pointer, size, c_int32, c_int32, pointer)
+    return loaded
+
+
+def _cpu_flags() -> str:
+    """What the processor can do: a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+class Stack:
+    """The layers of one model as C sees them, and passes through them.
+
+    Args:
+        layers: structures; pointers in them stay valid as long as the model's weights stay where they are.
+        d: width of the residual stream.
+        weight: one of the model's, to see whether it is still there.
+    """
+
+    def __init__(self, layers: list[_Layer], d: int, weight: Tensor) -> None:
+        self.layers, self.d = layers, d
+        self.weight, self.address = weight, weight.data_ptr()
+        self.bias: Tensor | None = None  # what the layers' pointers lead to
+        self.scratch = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def valid(self) -> bool:
+        """Whether the weights are still where they were."""
+        return self.weight.data_ptr() == self.address
+
+    def set_bias(self, table: Tensor, offset: int) -> None:
+        """What all layers add to scores: [heads, n], by distance from -offset on."""
+        self.bias = table.float().contiguous()
+        for layer in self.layers:
+            layer.bias, layer.bias_size, layer.bias_offset = self.bias.data_ptr(), table.shape[1], offset
+
+    def run(
+        self,
+        hidden: Tensor,
+        starts: list[int],
+        positions: Tensor,
+        storage: Callable[[int], tuple[Tensor, Tensor]],
+        *,
+        lengths: list[int] | None = None,
+        tree: Tensor | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+        cross: CrossCache | None = None,
+        layers: range | None = None,
+        keep: Collection[int] = (),
+    ) -> dict[int, Tensor]:
+        """Send float32 [b, n, d] through layers, in place.
+
+        Args:
+            starts: slots in use, per row; the new tokens take the next n.
+            positions: int64 [b or 1, n].
+            storage: of a layer, keys and values [rows, kv_heads, capacity, width] for b rows and more.
+            lengths: of an encoder's rows; None: each token attends to what is before it.
+            tree: bool [b or 1, n, n], who attends to whom among the new tokens; None: a chain.
+            angles: cosine and sine, float32 [positions, width / 2].
+            layers: which; None: all.
+        Returns: copies of what the layers in `keep` gave, by number; 0 is what the first was given.
+        """
+        if not self.valid:
+            raise BatonError("the model was moved or converted after its engine was made: make a new engine")
+        layers = range(len(self.layers)) if layers is None else layers
+        found = {0: hidden.clone()} if 0 in keep and layers.start == 0 else {}
+        if not layers:
+            return found
+        b, n, _ = hidden.shape
+        threads = torch.get_num_threads()
+        slots = max(lengths if lengths is not None else [start + n for start in starts])
+        slots = max(slots, max(cross.lengths) if cross is not None else 0)
+        needed = kernels().scratch_bytes(byref(self.layers[0]), b * n, self.d, slots, threads) + 64
+        if len(self.scratch) < needed:
+            self.scratch = torch.empty(needed, dtype=torch.uint8)
+        given = {  # held here: C sees addresses only
+            "starts": torch.tensor(starts, dtype=torch.int32),
+            "positions": positions.to(torch.int32).expand(b, n).contiguous(),
+            "lengths": None if lengths is None else torch.tensor(lengths, dtype=torch.int32),
+            "tree": None if tree is None else tree.to(torch.uint8).expand(b, n, n).contiguous(),
+            "cos": None if angles is None else angles[0],
+            "sin": None if angles is None else angles[1],
+            "cross_lengths": None if cross is None else torch.tensor(cross.lengths, dtype=torch.int32),
+        }
+        this = _Pass(
+            hidden=hidden.data_ptr(),
+            **{name: None if tensor is None else tensor.data_ptr() for name, tensor in given.items()},
+            scratch=-(-self.scratch.data_ptr() // 64) * 64,
+            rows=b,
+            count=n,
+            d=self.d,
+            slots=slots,
+            threads=threads,
+        )
+        run = kernels().layer
+        for index in layers:
+            layer = self.layers[index]
+            keys, values = storage(index)
+            layer.keys, layer.values, layer.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+            if cross is not None:
+                read = cross.layers[index]
+                layer.cross_keys, layer.cross_values = read.keys.data_ptr(), read.values.data_ptr()
+                layer.cross_slots = read.keys.shape[2]
+            run(byref(layer), byref(this))
+            if index + 1 in keep:
+                found[index + 1] = hidden.clone()
+        return found
+
+
+def normed(hidden: Tensor, norm: Any) -> Tensor:
+    """Float32 [..., d] after an RMS norm, in the dtype of its weight."""
+    states, width = hidden.contiguous(), hidden.shape[-1]
+    out = torch.empty_like(states, dtype=norm.weight.dtype)
+    kernels().norm(
+        states.data_ptr(),
+        norm.weight.data_ptr(),
+        states.numel() // width,
+        width,
+        norm.variance_epsilon,
+        DTYPES[out.dtype],
+        out.data_ptr(),
+    )
+    return out
+
+
+def apply(linear: _Linear, x: Tensor) -> Tensor:
+    """[..., in] in the weights' dtype to float32 [..., out]."""
+    x = x.contiguous()
+    out = torch.empty((*x.shape[:-1], linear.out), dtype=torch.float32)
+    rows = x.numel() // linear.inner
+    kernels().map(byref(linear), x.data_ptr(), rows, DTYPES[x.dtype], torch.get_num_threads(), out.data_ptr())
+    return out
+
+
+class Native(Target):
+    """A target whose layers are native. Stock layers hold the weights, and are not called."""
+
+    stack: Stack
+    like: Tensor  # of the heads, width and dtype of keys and values
+    norm: Any  # the last one
+    kept: dict[int, Tensor] | None = None  # what `capture` wants: layer -> its latest output
+    wanted: Collection[int] = ()
+
+    @torch.inference_mode()
+    def forward_layers(
+        self,
+        low: int,
+        high: int,
+        ids: Tensor,
+        memory: Memory,
+        *,
+        hidden: Tensor | None = None,
+        positions: Tensor | None = None,
+        tree: Tensor | None = None,
+    ) -> Tensor:
+        if not 0 <= low < high <= len(self.layers) or (hidden is None) != (low == 0):
+            raise ValueError(
+                f"layers {low}..{high} of {len(self.layers)}, {'without' if hidden is None else 'with'} hidden"
+            )
+        memory.own.append(ids.shape[1], self.device)
+        states = self.embed(ids).float() if hidden is None else hidden.float().clone()
+        self.through(states, memory, positions, tree, range(low, high))
+        return states
+
+    def run(self, ids: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None) -> Tensor:
+        states = self.embed(ids).float()
+        self.through(states, memory, positions, tree, range(len(self.layers)))
+        return normed(states, self.norm)
+
+    def through(
+        self, states: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None, layers: range
+    ) -> None:
+        """Send float32 [b, n, d] through some layers, in place."""
+        at = next_positions(memory.own, self.device) if positions is None else positions
+        if self.context is not None:  # padding beside a longer draft may lie past a position table
+            at = at.clamp(max=self.context - 1)
+        own = memory.own
+        found = self.stack.run(
+            states,
+            own.starts,
+            at,
+            lambda index: own.storage(index, self.like),
+            tree=tree,
+            layers=layers,
+            keep=self.wanted,
+            **self.surroundings(memory),
+        )
+        if self.kept is not None:
+            self.kept.update(found)
+
+    def surroundings(self, memory: Memory) -> dict[str, Any]:
+        """What the family's layers need besides: angles, or what cross-attention reads."""
+        raise NotImplementedError
+
+    @contextmanager
+    def capture(self, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+        if outside := [layer for layer in layers if not 0 <= layer <= len(self.layers)]:
+            raise UnsupportedModel(f"layer {outside[0]} of a model with {len(self.layers)}")
+        before = self.kept, self.wanted
+        self.kept, self.wanted = {}, frozenset(layers)
+        try:
+            yield self.kept
+        finally:
+            self.kept, self.wanted = before
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.unembed(normed(hidden.float(), self.norm))
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Float32, whatever the model's dtype: nothing is rounded after the last sum."""
+        return apply(_linear(self.lm_head), hidden.to(self.dtype))
+
+
+class NativeRotary(Native, DecoderOnly):
+    """Llama, Mistral, Qwen2, Qwen3."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.angles: tuple[Tensor, Tensor] | None = None  # of all positions so far
+        first = self.layers[0].self_attn
+        self.like = torch.empty((1, first.k_proj.out_features // first.head_dim, 1, first.head_dim), dtype=self.dtype)
+        self.norm = self.decoder.norm
+        self.stack = Stack([self._layer(layer) for layer in self.layers], model.config.hidden_size, self.norm.weight)
+
+    def _layer(self, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        config: Any = self.model.config
+        slides = not self.layer_kinds or config.layer_types[attention.layer_idx] == "sliding_attention"
+        made = _Layer(
+            **{name: _linear(getattr(attention, f"{name}_proj")) for name in "qkvo"},
+            **{name: _linear(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")},
+            norm=layer.input_layernorm.weight.data_ptr(),
+            mlp_norm=layer.post_attention_layernorm.weight.data_ptr(),
+            heads=attention.q_proj.out_features // attention.head_dim,
+            kv_heads=attention.k_proj.out_features // attention.head_dim,
+            width=attention.head_dim,
+            window=self.window if self.window is not None and slides else 0,
+            epsilon=layer.input_layernorm.variance_epsilon,
+            scale=attention.scaling,
+            dtype=DTYPES[self.dtype],
+            activation=ACTIVATIONS[type(mlp.act_fn).__name__],
+        )
+        if hasattr(attention, "q_norm"):
+            made.q_norm, made.k_norm = attention.q_norm.weight.data_ptr(), attention.k_norm.weight.data_ptr()
+        return made
+
+    @torch.inference_mode()
+    def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
+        rows, width = inputs.mask.shape
+        memory = Memory(RowCache(len(self.layers), rows, capacity=width + 64))
+        states = inputs.embeds if inputs.ids is None else self.embed(inputs.ids)
+        assert states is not None
+        lengths = inputs.mask.sum(1)
+        last = torch.empty((rows, self.stack.d))
+        step = max(1, TOKENS_AT_ONCE // rows)
+        for start in range(0, width, step):
+            part = states[:, start : start + step].float().contiguous()
+            if inputs.embeds is not None:
+                part = part.clone()  # layers work in place
+            memory.own.append(part.shape[1])
+            self.through(part, memory, None, None, range(len(self.layers)))
+            here = (lengths > start) & (lengths <= start + part.shape[1])
+            last[here] = part[here, lengths[here] - 1 - start]
+        memory.truncate(lengths.tolist())
+        return self.unembed(normed(last, self.norm)), memory
+
+    def surroundings(self, memory: Memory) -> dict[str, Any]:
+        width = memory.own.width
+        if self.angles is None or len(self.angles[0]) < width:
+            positions = torch.arange(max(1024, 2 * width), device=self.device)[None]
+            both = self.decoder.rotary_emb(torch.empty(0, dtype=torch.float32), positions)
+            cos, sin = (angle[0, :, : angle.shape[-1] // 2].contiguous() for angle in both)
+            self.angles = cos, sin
+        return {"angles": self.angles}
+
+
+class NativeT5(Native, T5):
+    """T5 and mT5."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        first = self.layers[0].layer[0].SelfAttention
+        self.like = torch.empty((1, first.n_heads, 1, first.key_value_proj_dim), dtype=self.dtype)
+        self.norm = self.decoder.final_layer_norm
+        self.stack = Stack([_t5_layer(block) for block in self.layers], model.config.d_model, self.norm.weight)
+        self.stack.set_bias(self.bias_by_distance.T, 0)
+        self.reader = T5Reader(self.encoder)
+
+    def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
+        states = inputs.states
+        if states is None:
+            embeds = self.encoder.get_input_embeddings()(inputs.ids) if inputs.embeds is None else inputs.embeds
+            states = self.reader(embeds, inputs.mask)
+        return states, inputs.mask.bool()[:, None, None, :]
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        return Native.unembed(self, hidden if self.scale is None else hidden * self.scale)
+
+    def surroundings(self, memory: Memory) -> dict[str, Any]:
+        if memory.own.width > len(self.bias_by_distance):
+            self.bias_by_distance = self._biases(2 * memory.own.width)
+            self.stack.set_bias(self.bias_by_distance.T, 0)
+        cross = memory.cross
+        assert cross is not None
+        if not cross.layers[0].is_initialized:
+            b, m, _ = cross.states.shape
+            for index, block in enumerate(self.layers):
+                reading = block.layer[1].EncDecAttention
+                k, v = (
+                    apply(_linear(part), cross.states).to(self.dtype).view(b, m, reading.n_heads, -1).transpose(1, 2)
+                    for part in (reading.k, reading.v)
+                )
+                cross.update(k.contiguous(), v.contiguous(), index)
+        return {"cross": cross}
+
+
+class T5Reader:
+    """The encoder of a T5 or mT5.
+
+    Args:
+        encoder: the stock one, `T5Stack`, or a model that is an encoder alone.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        stack = getattr(encoder, "encoder", encoder)
+        self.norm, self.blocks = stack.final_layer_norm, stack.block
+        self.stack = Stack([_t5_layer(block) for block in self.blocks], stack.config.d_model, self.norm.weight)
+        self.reach = 0  # positions that the bias is known for
+
+    @torch.inference_mode()
+    def __call__(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings [b, m, d], right-padded, and their mask [b, m] to the encoder's states [b, m, d]."""
+        b, m, _ = embeds.shape
+        states = embeds.float().clone()
+        if self.blocks:
+            attention = self.blocks[0].layer[0].SelfAttention
+            if m > self.reach:
+                self.reach = max(64, 2 * m)
+                # [heads, n, n]: the last query's row has the distances from 0 up, the first's those below.
+                table = attention.compute_bias(self.reach, self.reach)[0].detach()
+                self.stack.set_bias(torch.cat([table[:, 0].flip(1), table[:, -1].flip(1)[:, 1:]], 1), self.reach - 1)
+            heads, width = attention.n_heads, attention.key_value_proj_dim
+            both = torch.empty((2, b, heads, m, width), dtype=embeds.dtype)
+            self.stack.run(
+                states,
+                [0] * b,
+                torch.arange(m)[None],
+                lambda index: (both[0], both[1]),
+                lengths=mask.sum(1).tolist(),
+            )
+        return normed(states, self.norm)
+
+
+def _t5_layer(block: Any) -> _Layer:
+    first, last = block.layer[0], block.layer[-1]
+    attention, mlp = first.SelfAttention, last.DenseReluDense
+    gated = hasattr(mlp, "wi_0")
+    made = _Layer(
+        **{name: _linear(getattr(attention, name)) for name in "qkvo"},
+        gate=_linear(mlp.wi_0 if gated else mlp.wi),
+        down=_linear(mlp.wo),
+        norm=first.layer_norm.weight.data_ptr(),
+        mlp_norm=last.layer_norm.weight.data_ptr(),
+        heads=attention.n_heads,
+        kv_heads=attention.n_heads,
+        width=attention.key_value_proj_dim,
+        epsilon=first.layer_norm.variance_epsilon,
+        scale=1.0,
+        dtype=DTYPES[mlp.wo.weight.dtype],
+        activation=ACTIVATIONS[type(mlp.act).__name__],
+    )
+    if gated:
+        made.up = _linear(mlp.wi_1)
+    if len(block.layer) == 3:
+        cross = block.layer[1]
+        made.cross_q, made.cross_o = _linear(cross.EncDecAttention.q), _linear(cross.EncDecAttention.o)
+        made.cross_norm = cross.layer_norm.weight.data_ptr()
+    return made
+
+
+TARGETS: dict[str, type[Native]] = {
+    "llama": NativeRotary,
+    "mistral": NativeRotary,
+    "qwen2": NativeRotary,
+    "qwen3": NativeRotary,
+    "t5": NativeT5,
+    "mt5": NativeT5,
+}
+
+
+def make_native(model: PreTrainedModel) -> str:
+    """Let a model run by native layers in our engine. Nothing in it changes; transformers' own calls stay stock.
+
+    Returns: why it cannot; empty when it can.
+    """
+    reason = _why_not(model)
+    if not reason:
+        try:
+            kernels()
+        except (OSError, subprocess.SubprocessError) as error:
+            detail = getattr(error, "stderr", None)
+            reason = f"the C kernels cannot be compiled: {detail.decode(errors='replace') if detail else error}"
+    if not reason:
+        model.baton_runtime = Runtime("native", TARGETS[model.config.model_type], (model.device, model.dtype))
+    return reason
+
+
+def make_reader(model: PreTrainedModel) -> "T5Reader | None":
+    """The encoder of a model that reads for others, native; None where that cannot be."""
+    if model.config.model_type not in ("t5", "mt5") or _why_not(model):
+        return None
+    try:
+        kernels()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return T5Reader(model)
+
+
+def _why_not(model: PreTrainedModel) -> str:
+    """What stands in the way inside the model itself."""
+    family = model.config.model_type
+    if family not in TARGETS:
+        return f"there are no native layers for {family} (for {', '.join(TARGETS)})"
+    if model.device.type != "cpu" or model.dtype not in DTYPES:
+        dtype = str(model.dtype).removeprefix("torch.")
+        return f"native layers are for the CPU, in float32 or bfloat16, and the model is on {model.device} in {dtype}"
+    if {p.dtype for p in model.parameters()} != {model.dtype}:
+        return "its weights are of several dtypes"
+    step = LANES if model.dtype == torch.float32 else 2 * LANES
+    for name, module in model.named_modules():
+        if "weight" in dict(module.named_parameters(recurse=False)):
+            weight: Any = module.weight
+            plain = type(module) is nn.Linear or weight.dim() == 1 or isinstance(module, nn.Embedding)
+            if not plain or not weight.is_contiguous():
+                return f"it holds layers of another kind: {type(module).__name__}"
+            if type(module) is nn.Linear and weight.shape[1] % step:
+                return f"its weights are {weight.shape[1]} wide, no multiple of {step}"
+        if name.rpartition(".")[2] in ("act", "act_fn") and type(module).__name__ not in ACTIVATIONS:
+            return f"its activation is {type(module).__name__}"
+    config = model.config
+    width = getattr(config, "d_kv", None) or getattr(config, "head_dim", None)
+    width = width or config.hidden_size // config.num_attention_heads
+    if width % LANES:
+        return f"its heads are {width} wide, no multiple of {LANES}"
+    return ""
+
+
+def _linear(layer: Any) -> _Linear:
+    bias = None if layer.bias is None else layer.bias.data_ptr()
+    return _Linear(layer.weight.data_ptr(), bias, *layer.weight.shape)

@@ -17,20 +17,23 @@ import handoffs
 import pytest
 import tiny
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from baton.bench import metrics, runner
 from baton.bench.compare import compare
 from baton.bench.contenders import Ours
 from baton.bench.decode import bench_decode
+from baton.bench.forward import bench_forward, weight_bytes
 from baton.bench.metrics import Measurement
 from baton.bench.peers import make_peers
 from baton.bench.record import SCHEMA, Record, Run, from_json, read_run, to_json
 from baton.bench.serve import arrival_times, bench_serve, percentiles, serve
+from baton.bench.shapes import SHAPES
 from baton.bench.suites import Suite, Task, built_in, read_suite, write_suite
 from baton.cli import app
 from baton.engine import Engine, generate
-from baton.errors import BatonError, DataError, UnknownOption
+from baton.errors import BatonError, DataError, MemoryShort, UnknownOption
 from baton.models.loading import load
 from baton.quality import edit_similarity, exact_match, perplexity
 from baton.types import Output, Sampling, Step, Timings
@@ -624,3 +627,38 @@ def test_speed_agrees_with_an_independent_stopwatch(capsys: pytest.CaptureFixtur
             watch = tokens[name] / seconds[name]
             print(f"\n{name}: {found:.1f} tokens/s in the record, {watch:.1f} by stopwatch", end="")
             assert found == pytest.approx(watch, rel=0.03)
+
+
+def test_passes_are_timed_engine_by_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every engine, context and number of rows once, in seconds that are positive; what is absent is said."""
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    monkeypatch.setitem(SHAPES, "tiny", ("llama", small | {"vocab_size": 300, "max_position_embeddings": 64}))
+    monkeypatch.setitem(
+        SHAPES, "tiny-t5", ("t5", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4})
+    )
+    for shape in ("tiny", "tiny-t5"):
+        done: list[tuple[str, int, int]] = []
+        report = bench_forward(
+            shape, rows=(1, 3), contexts=(4, 9), peers=["transformers"], repeats=3, progress=lambda *a: done.append(a)
+        )
+        found = [(cost.engine, cost.context, cost.rows) for cost in report.costs]
+        assert len(found) == len(set(found)) == 2 * 2 * 3
+        assert all(0 < cost.low <= cost.seconds <= cost.high for cost in report.costs)
+        assert done[-1] == ("context 9", 6, 6)
+        assert json.loads(json.dumps(report.to_dict()))["settings"]["shape"] == shape
+    # The decoder's layers and the head: 2 x (4 x 64 x 64 + 3 x 64 x 96 + 2 norms) + 300 x 64, in two bytes each.
+    kind, settings = SHAPES["tiny"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.bfloat16)
+    assert weight_bytes(model) == 2 * (2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 300 * 64)
+
+
+def test_passes_that_cannot_be_timed_are_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnknownOption, match="llama-110m"):
+        bench_forward("llama-111m")
+    with pytest.raises(UnknownOption, match="transformers"):
+        bench_forward("llama-110m", peers=["transformer"])
+    with pytest.raises(BatonError, match="16384"):
+        bench_forward("llama-110m", contexts=[16384])
+    monkeypatch.setattr("baton.bench.forward.free_bytes", lambda _: 10**8)
+    with pytest.raises(MemoryShort, match=r"134 M parameters: 0\.5 GB"):
+        bench_forward("llama-110m")

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from baton.bench.peers.table import PEERS
+from baton.bench.shapes import PASS_PEERS, SHAPES
 from baton.cli.command import command
 from baton.cli.console import err, out
 from baton.cli.evaluate import measuring
@@ -34,6 +35,14 @@ def register(app: typer.Typer) -> None:
             "baton bench decode gpt2-xl --data prompts.txt --method draft-model:model=gpt2 --assistant gpt2",
         ],
     )(decode)
+    command(
+        bench_app,
+        "forward",
+        examples=[
+            "baton bench forward --shape llama-110m",
+            "baton bench forward --shape llama-1b --rows 1 --rows 8 --context 2048 --peer transformers --json out.json",
+        ],
+    )(forward)
     command(
         bench_app,
         "quality",
@@ -129,6 +138,75 @@ def decode(
     if not write_json(as_json, report):
         out.print(table(report))
         show_quality(report)
+
+
+def forward(
+    machine: Machine,
+    shape: Annotated[
+        str, typer.Option(help=f"Public shape, with random weights: {', '.join(SHAPES)}.", callback=one_of(SHAPES))
+    ] = "llama-110m",
+    rows: Annotated[list[int], typer.Option(min=1, help="Tokens of a pass, repeatable.")] = [1, 2, 4, 8, 16, 32],  # noqa: B006
+    context: Annotated[list[int], typer.Option(min=1, help="Tokens before it, repeatable.")] = [64, 512, 2048],  # noqa: B006
+    peer: Annotated[
+        list[str],
+        typer.Option(
+            help=f"Other engine: {', '.join(PASS_PEERS)}, or none; repeatable.", callback=one_of([*PASS_PEERS, "none"])
+        ),
+    ] = ["transformers", "llama.cpp"],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=3, help="Times that each pass is made.")] = 15,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the costs to a file; - is stdout.")
+    ] = None,
+) -> None:
+    """Time single passes: what it costs to read so many tokens at once, after a context.
+
+    Engines take turns on the same random weights. One row is plain decoding; more are what verifying a draft costs.
+    """
+    machine.prepare()
+    from baton.bench.forward import bench_forward
+    from baton.models.loading import resolve_device, resolve_dtype
+
+    dtype: Any = resolve_dtype("bfloat16" if machine.dtype == "auto" else machine.dtype)
+    with measuring() as progress:
+        report = bench_forward(
+            shape,
+            rows=rows,
+            contexts=context,
+            peers=[name for name in peer if name != "none"],
+            dtype=dtype,
+            device=resolve_device(machine.device),
+            runtime=machine.runtime,
+            repeats=repeats,
+            command=shlex.join(["baton", *sys.argv[1:]]),
+            progress=progress,
+        )
+    for line in [*report.absent, *report.remarks]:
+        err.print(f"[yellow]{line}", soft_wrap=True)
+    if not write_json(as_json, report.to_dict()):
+        out.print(cost_table(report.to_dict()))
+
+
+def cost_table(report: dict[str, Any]) -> Table:
+    """One row per pass, one column per engine, its milliseconds over ours beside it."""
+    settings, machine = report["settings"], report["machine"]
+    made = Table(
+        title=f"{settings['shape']}, {settings['dtype']}, runtime {settings['runtime']}, {machine['threads']} threads, "
+        f"memory read at {machine['bandwidth_gb_s']} GB/s",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    engines = list(dict.fromkeys(cost["engine"] for cost in report["costs"]))
+    for heading in ("context", "rows", *(f"{engine}, ms" for engine in engines), "GB/s"):
+        made.add_column(heading, justify="right")
+    cells = {(cost["context"], cost["rows"], cost["engine"]): cost for cost in report["costs"]}
+    for context, count in dict.fromkeys((cost["context"], cost["rows"]) for cost in report["costs"]):
+        ours = cells[context, count, engines[0]]
+        shown = [f"{1e3 * ours['seconds']:.2f}"]
+        for engine in engines[1:]:
+            theirs = cells[context, count, engine]["seconds"]
+            shown.append(f"{1e3 * theirs:.2f} [dim]{theirs / ours['seconds']:.2f}x")
+        made.add_row(str(context), str(count) if count else "prompt", *shown, f"{ours['gb_s']}" if count else "")
+    return made
 
 
 def table(report: dict[str, Any]) -> Table:

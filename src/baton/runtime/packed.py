@@ -59,7 +59,8 @@ def pack(model: PreTrainedModel) -> str:
 
 
 def _replace(module: nn.Module) -> None:
-    for name, child in module.named_children():
+    children: list[tuple[str, Any]] = list(module.named_children())
+    for name, child in children:
         if type(child) in (nn.Linear, Conv1D):
             if child.weight.dtype == torch.bfloat16 or child.weight.numel() >= WORTH_PACKING:
                 setattr(module, name, PackedLinear(child))

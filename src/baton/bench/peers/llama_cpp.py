@@ -160,3 +160,22 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
+
+
+class Passes:
+    """Single passes, for `baton bench forward`."""
+
+    name = "llama.cpp"
+
+    def __init__(self, model: PreTrainedModel, context: int) -> None:
+        self.llama = open_llama(model, context)
+
+    def begin(self, ids: list[int]) -> None:
+        self.llama.reset()
+        self.llama.eval(ids)
+
+    def look(self, ids: list[int]) -> None:
+        llama, length = self.llama, self.llama.n_tokens
+        llama._batch.set_batch(batch=ids, n_past=length, logits_all=True)
+        llama._ctx.decode(llama._batch)
+        llama._ctx.kv_cache_seq_rm(-1, length, -1)

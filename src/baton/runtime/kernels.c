@@ -120,7 +120,7 @@ INLINE void tile(const void *w, const void *x, int64_t k, int m, int n, int dtyp
   vf acc[TILE][TILE];
   EACH(i, m) EACH(j, n) acc[i][j] = (vf){0};
 #if defined(__AVX512BF16__)
-  if (dtype == BF16) {
+  if (dtype == BF16 && k % (2 * LANES) == 0) {
     for (int64_t at = 0; at < k; at += 2 * LANES) {
       __m512bh b[TILE];
       EACH(j, n) {
@@ -214,43 +214,56 @@ static void share(int64_t n, int64_t *first, int64_t *last) {
   if (*last > n) *last = n;
 }
 
-/* One query over `slots` keys and values: softmax(scale q k + what scores[slot] holds) v. Slots at -inf are not seen.
+/* m <= 4 queries that share keys and values: softmax(scale q k + what scores[slot] holds) v. Slots at -inf are not seen.
 
-   q: [width] float32; k, v: [slots, width]; out: [width], in the weights' dtype. */
-static void attend(const float *q, const void *k, const void *v, int64_t slots, int64_t width, float scale,
-                   float *scores, int dtype, void *out) {
-  float most = -INFINITY;
-  for (int64_t s = 0; s < slots; s++) {
-    if (scores[s] == -INFINITY) continue;
-    vf acc = {0};
-    for (int64_t at = 0; at < width; at += LANES) acc += load_f32(q + at) * load(k, s * width + at, dtype);
-    scores[s] += sum(acc) * scale;
-    most = scores[s] > most ? scores[s] : most;
+   q: [m, width]; k, v: [slots, width]; out: [m, width], all in the weights' dtype; scores: [m, stride]. Sums over slots
+   are taken one by one, so that a result does not depend on what lies between the slots that are seen. */
+INLINE void attend(const void *q, const void *k, const void *v, int64_t slots, int64_t width, float scale, float *scores,
+                   int64_t stride, int m, int dtype, void *out) {
+  float by[TILE];
+  for (int64_t s = 0; s < slots; s += TILE) {
+    const int wide = slots - s < TILE ? (int)(slots - s) : TILE;
+    float part[TILE * TILE];
+    (dtype == BF16 ? tile_bf16 : tile_f32)((const char *)k + s * width * size_of(dtype), q, width, m, wide, part);
+    for (int i = 0; i < m; i++)
+      for (int j = 0; j < wide; j++) scores[i * stride + s + j] += part[i * TILE + j] * scale;
   }
-  float total = 0;
-  for (int64_t s = 0; s < slots; s += LANES) { /* the buffer is a multiple of LANES long */
-    vf x = load_f32(scores + s);
-    store_f32(scores + s, pick(x == -INFINITY, (vf){0}, exponential(x - most)));
-    const int64_t end = slots - s < LANES ? slots : s + LANES;
-    for (int64_t i = s; i < end; i++) total += scores[i];
-  }
-  const float by = 1.0f / total;
-  for (int64_t at = 0; at < width; at += 2 * LANES) {
-    const int two = at + LANES < width;
-    vf acc = {0}, more = {0};
-    for (int64_t s = 0; s < slots; s++) {
-      if (scores[s] == 0.0f) continue;
-      acc += load(v, s * width + at, dtype) * scores[s];
-      if (two) more += load(v, s * width + at + LANES, dtype) * scores[s];
+  EACH(i, m) {
+    float *own = scores + i * stride, most = -INFINITY, total = 0;
+    for (int64_t s = 0; s < slots; s++) most = own[s] > most ? own[s] : most;
+    for (int64_t s = 0; s < slots; s += LANES) { /* the buffer is a multiple of LANES long */
+      vf x = load_f32(own + s);
+      store_f32(own + s, pick(x == -INFINITY, (vf){0}, exponential(x - most)));
+      const int64_t end = slots - s < LANES ? slots : s + LANES;
+      for (int64_t at = s; at < end; at++) total += own[at];
     }
-    store(out, at, acc * by, dtype);
-    if (two) store(out, at + LANES, more * by, dtype);
+    by[i] = 1.0f / total;
+  }
+  for (int64_t at = 0; at < width; at += 2 * LANES) {
+    const int64_t next = at + LANES < width ? at + LANES : at; /* a width of 16: the same twice */
+    vf acc[TILE], more[TILE];
+    EACH(i, m) acc[i] = more[i] = (vf){0};
+    for (int64_t s = 0; s < slots; s++) {
+      const vf one = load(v, s * width + at, dtype), two = load(v, s * width + next, dtype);
+      EACH(i, m) {
+        const float p = scores[i * stride + s];
+        acc[i] += one * p;
+        more[i] += two * p;
+      }
+    }
+    EACH(i, m) {
+      store(out, i * width + at, acc[i] * by[i], dtype);
+      store(out, i * width + next, more[i] * by[i], dtype);
+    }
   }
 }
-#define ATTEND(NAME, DTYPE)                                                                                      \
-  static void NAME(const float *q, const void *k, const void *v, int64_t slots, int64_t width, float scale,      \
-                   float *scores, void *out) {                                                                   \
-    attend(q, k, v, slots, width, scale, scores, DTYPE, out);                                                    \
+#define ATTEND(NAME, DTYPE)                                                                                     \
+  static void NAME(const void *q, const void *k, const void *v, int64_t slots, int64_t width, float scale,      \
+                   float *scores, int64_t stride, int m, void *out) {                                           \
+    if (m == 1) attend(q, k, v, slots, width, scale, scores, stride, 1, DTYPE, out);                            \
+    else if (m == 2) attend(q, k, v, slots, width, scale, scores, stride, 2, DTYPE, out);                       \
+    else if (m == 3) attend(q, k, v, slots, width, scale, scores, stride, 3, DTYPE, out);                       \
+    else attend(q, k, v, slots, width, scale, scores, stride, TILE, DTYPE, out);                                \
   }
 ATTEND(attend_f32, F32)
 ATTEND(attend_bf16, BF16)
@@ -271,29 +284,64 @@ static void norm_head(float *x, const void *weight, int64_t width, float epsilon
   for (int64_t i = 0; i < width; i++) x[i] *= by * load_one(weight, i, dtype);
 }
 
-/* What a query may see, as the start of its scores: 0 or the bias by distance, and -inf where it may not look. */
-static void look(const Layer *l, const Pass *p, int64_t row, int64_t query, int64_t head, int64_t slots, float *scores) {
-  const int64_t n = p->count, start = p->starts[row], here = p->positions[row * n + query];
-  const float *bias = l->bias ? l->bias + head * l->bias_size + l->bias_offset : 0;
-  for (int64_t s = 0; s < slots; s++) {
-    const int64_t j = s - start, place = j < 0 ? s : p->positions[row * n + j];
-    int seen = 1;
-    if (j >= 0 && !p->lengths) seen = p->tree ? p->tree[(row * n + query) * n + j] : j <= query;
-    if (l->window && here - place >= l->window) seen = 0;
-    scores[s] = !seen ? -INFINITY : bias ? bias[here - place] : 0.0f;
-  }
-}
-
 static char *take(char **at, int64_t bytes) {
   char *found = *at;
   *at += (bytes + 63) / 64 * 64;
   return found;
 }
 
+/* What a query may see, as the start of its scores: 0 or the bias by distance, and -inf where it may not look. */
+static void look(const Layer *l, const Pass *p, int64_t row, int64_t query, int64_t head, int64_t slots, float *scores) {
+  const int64_t n = p->count, start = p->starts[row], here = p->positions[row * n + query];
+  const float *bias = l->bias ? l->bias + head * l->bias_size + l->bias_offset : 0;
+  int64_t s = 0;
+  if (l->window)
+    for (; s < start && here - s >= l->window; s++) scores[s] = -INFINITY;
+  if (bias)
+    for (; s < start; s++) scores[s] = bias[here - s];
+  else if (s < start) {
+    memset(scores + s, 0, 4 * (start - s));
+    s = start;
+  }
+  for (; s < slots; s++) { /* the new tokens */
+    const int64_t j = s - start, place = p->positions[row * n + j];
+    int seen = p->lengths || (p->tree ? p->tree[(row * n + query) * n + j] : j <= query);
+    if (l->window && here - place >= l->window) seen = 0;
+    scores[s] = !seen ? -INFINITY : bias ? bias[here - place] : 0.0f;
+  }
+}
+
+/* Queries that share keys and values, TILE at a time. q: [heads of the group, n, width] in the weights' dtype, made from
+   the rows of `from`, [n, wide], which start at the group's first head. Output goes to `seen`, [n, out_width]. */
+static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t first, int64_t heads, const float *from,
+                         int64_t wide, const void *keys, const void *values, int64_t slots, int cross, char *mine,
+                         int64_t padded, char *seen) {
+  const int64_t n = p->count, width = l->width, all = heads * n, out_width = l->heads * width;
+  const int64_t bytes = size_of(l->dtype);
+  char *q = take(&mine, TILE * width * 4), *out = take(&mine, TILE * width * 4);
+  float *scores = (float *)mine;
+  for (int64_t at = 0; at < all; at += TILE) {
+    const int m = all - at < TILE ? (int)(all - at) : TILE;
+    for (int t = 0; t < m; t++) {
+      const int64_t head = (at + t) / n, i = (at + t) % n;
+      for (int64_t c = 0; c < width; c += LANES)
+        store(q, t * width + c, load_f32(from + i * wide + head * width + c), l->dtype);
+      if (cross) memset(scores + t * padded, 0, 4 * slots);
+      else look(l, p, row, i, first + head, slots, scores + t * padded);
+    }
+    (l->dtype == BF16 ? attend_bf16 : attend_f32)(q, keys, values, slots, width, l->scale, scores, padded, m, out);
+    for (int t = 0; t < m; t++) {
+      const int64_t head = (at + t) / n, i = (at + t) % n;
+      memcpy(seen + ((row * n + i) * out_width + (first + head) * width) * bytes, out + t * width * bytes, width * bytes);
+    }
+  }
+}
+
 /* Bytes that `layer` works in. */
 int64_t scratch_bytes(const Layer *l, int64_t tokens, int64_t d, int64_t slots, int32_t threads) {
   const int64_t a_token = (l->heads + 2 * l->kv_heads + l->heads) * l->width + 3 * l->gate.out;
-  return 4 * (tokens * a_token + threads * (tokens * d + slots + LANES)) + 64 * (8 + 2 * threads);
+  const int64_t a_thread = tokens * d + TILE * (slots + LANES + 2 * l->width);
+  return 4 * (tokens * a_token + threads * a_thread) + 64 * (8 + 4 * threads);
 }
 
 void layer(const Layer *l, const Pass *p) {
@@ -308,9 +356,9 @@ void layer(const Layer *l, const Pass *p) {
   char *own = free;
 #pragma omp parallel num_threads(p->threads)
   {
-    char *mine = own + omp_get_thread_num() * ((4 * m * d + 63) / 64 * 64 + (4 * padded + 63) / 64 * 64);
+    const int64_t a_thread = (4 * m * d + 63) / 64 * 64 + 2 * (4 * TILE * width + 63) / 64 * 64 + 4 * TILE * padded + 128;
+    char *mine = own + omp_get_thread_num() * (a_thread / 64 * 64);
     void *x = take(&mine, 4 * m * d);
-    float *scores = (float *)mine;
     int64_t first, last;
     rms_norm(p->hidden, l->norm, m, d, l->epsilon, dtype, x); /* by every thread for itself: cheaper than to wait */
     share(q_out, &first, &last);
@@ -341,12 +389,8 @@ void layer(const Layer *l, const Pass *p) {
           store(values, (start + i) * width + c, load_f32(v + c), dtype);
         }
       }
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t h = group * groups; h < (group + 1) * groups; h++) {
-          look(l, p, row, i, h, slots, scores);
-          (dtype == BF16 ? attend_bf16 : attend_f32)(qkv + (row * n + i) * wide + h * width, keys, values, slots, width,
-                                                      l->scale, scores, seen + ((row * n + i) * q_out + h * width) * bytes);
-        }
+      attend_group(l, p, row, group * groups, groups, qkv + row * n * wide + group * groups * width, wide, keys, values,
+                   slots, 0, mine, padded, seen);
     }
     share(d, &first, &last);
     linear(&l->o, seen, m, dtype, first, last, p->hidden, d, 1);
@@ -359,12 +403,8 @@ void layer(const Layer *l, const Pass *p) {
 #pragma omp for schedule(static)
       for (int64_t unit = 0; unit < p->rows * l->heads; unit++) {
         const int64_t row = unit / l->heads, h = unit % l->heads, at = unit * l->cross_slots * width * bytes;
-        for (int64_t i = 0; i < n; i++) {
-          memset(scores, 0, 4 * p->cross_lengths[row]);
-          (dtype == BF16 ? attend_bf16 : attend_f32)(
-              qkv + (row * n + i) * wide + h * width, (const char *)l->cross_keys + at, (const char *)l->cross_values + at,
-              p->cross_lengths[row], width, l->scale, scores, seen + ((row * n + i) * q_out + h * width) * bytes);
-        }
+        attend_group(l, p, row, h, 1, qkv + row * n * wide + h * width, wide, (const char *)l->cross_keys + at,
+                     (const char *)l->cross_values + at, p->cross_lengths[row], 1, mine, padded, seen);
       }
       share(d, &first, &last);
       linear(&l->cross_o, seen, m, dtype, first, last, p->hidden, d, 1);

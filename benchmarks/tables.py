@@ -1,0 +1,94 @@
+"""Tables of the documentation, made from the committed results: `python benchmarks/tables.py` writes them anew.
+
+A document names a table by a comment, `<!-- table: pycode-decode -->`, and ends it by `<!-- end of table -->`; what is
+between the two comes from `benchmarks/results/pycode-decode.json`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from baton.bench.report import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACE = re.compile(r"(<!-- table: ([\w.-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of one result, with the conditions below it."""
+    made = _passes(result) if "costs" in result else _decoding(result)
+    return f"{made}\n\n{_conditions(result)}\n"
+
+
+def _decoding(result: dict[str, Any]) -> str:
+    sizes = list(dict.fromkeys(s["batch_size"] for s in result["summaries"]))
+    found = {(s["contender"], s["batch_size"]): s for s in result["summaries"]}
+    rows = []
+    for name in dict.fromkeys(s["contender"] for s in result["summaries"]):
+        own = [found.get((name, size)) for size in sizes]
+        first = next(s for s in own if s)
+        length = first["acceptance_length"]
+        cells = [name, f"{length:.2f}" if length else ""]
+        for summary in own:
+            cells += ["", ""] if summary is None else [f"{summary['tokens_per_second']:,.0f}", _speedup(summary)]
+        rows.append([*cells, f"{first['different']} of {first['requests']}" if first["different"] is not None else ""])
+    heads = [head for size in sizes for head in (f"tokens/s, batch {size}", "over plain [95 %]")]
+    return markdown_table(["", "tokens per step", *heads, "texts that differ"], rows)
+
+
+def _speedup(summary: dict[str, Any]) -> str:
+    if summary["speedup"] is None:
+        return ""
+    low, high = summary["speedup_interval"]
+    return f"{summary['speedup']:.2f}x" + ("" if low == high else f" [{low:.2f}, {high:.2f}]")
+
+
+def _passes(result: dict[str, Any]) -> str:
+    engines = list(dict.fromkeys(cost["engine"] for cost in result["costs"]))
+    found = {(cost["context"], cost["rows"], cost["engine"]): cost for cost in result["costs"]}
+    rows = []
+    for context, count in dict.fromkeys((cost["context"], cost["rows"]) for cost in result["costs"]):
+        ours, *others = (found[context, count, engine]["seconds"] for engine in engines)
+        cells = [f"{context:,}", str(count) if count else "reading it", f"{1e3 * ours:.2f}"]
+        rows.append([*cells, *(f"{1e3 * theirs:.2f} ({theirs / ours:.2f}x)" for theirs in others)])
+    return markdown_table(["context", "rows", *(f"{engine}, ms" for engine in engines)], rows)
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    settings = result.get("run", result.get("settings"))
+    about, versions = result.get("machine", settings.get("machine")), result.get("versions", settings.get("versions"))
+    what = settings.get("shape") or settings["model"]
+    if "suites" in settings:
+        prompts = ", ".join(f"{suite['prompts']} of `{name}`" for name, suite in settings["suites"].items())
+        what += f"; prompts: {prompts}; greedy, {settings['max_new_tokens']} new tokens"
+    return (
+        f"{what}; {settings['dtype']}, runtime {settings['runtime']}, {about['cpu']}, {about['threads']} threads, memory "
+        f"read at {about['bandwidth_gb_s']} GB/s, PyTorch {versions['torch']}, transformers {versions['transformers']}, "
+        f"commit {settings['git']}.\n`{settings['command']}`"
+    )
+
+
+def filled(document: str) -> str:
+    """A document with all its tables as the results have them."""
+
+    def fill(place: re.Match[str]) -> str:
+        result = json.loads((RESULTS / f"{place[2]}.json").read_text(encoding="utf-8"))
+        return f"{place[1]}{table(result)}{place[4]}"
+
+    return PLACE.sub(fill, document)
+
+
+def main() -> None:
+    for path in DOCUMENTS:
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

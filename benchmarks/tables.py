@@ -65,9 +65,9 @@ def _conditions(result: dict[str, Any]) -> str:
         prompts = ", ".join(f"{suite['prompts']} of `{name}`" for name, suite in settings["suites"].items())
         what += f"; prompts: {prompts}; greedy, {settings['max_new_tokens']} new tokens"
     return (
-        f"{what}; {settings['dtype']}, runtime {settings['runtime']}, {about['cpu']}, {about['threads']} threads, memory "
-        f"read at {about['bandwidth_gb_s']} GB/s, PyTorch {versions['torch']}, transformers {versions['transformers']}, "
-        f"commit {settings['git']}.\n`{settings['command']}`"
+        f"{what}; {settings['dtype']}, runtime {settings['runtime']}, {about['cpu']}, {about['threads']} threads, "
+        f"memory read at {about['bandwidth_gb_s']} GB/s, PyTorch {versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {settings['git']}.\n`{settings['command']}`"
     )
 
 

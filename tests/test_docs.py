@@ -1,10 +1,14 @@
 """The documents name only files that exist, so that a reader who follows one arrives."""
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from baton.models.adapter import FAMILIES
+from baton.runtime.native import TARGETS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "baton"
@@ -62,3 +66,22 @@ def test_what_counts_as_a_path() -> None:
 def test_what_counts_as_a_link() -> None:
     text = "[a](docs/a.md#part) ![b](b.png) [c](https://example.org/x) [d](#here) `[e](e.md)`"
     assert list(links_in(text)) == ["docs/a.md", "b.png"]
+
+
+def test_tables_are_those_of_the_committed_results() -> None:
+    """`python benchmarks/tables.py` makes them."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for page in tables.DOCUMENTS:
+        text = page.read_text(encoding="utf-8")
+        assert tables.filled(text) == text, f"{page.name}: run python benchmarks/tables.py"
+
+
+def test_every_family_of_the_engine_is_documented() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [row for row in text.splitlines() if row.startswith("| `") and "eager |" in row]
+    named = {family: row for row in rows for family in re.findall(r"`(\w+)`", row)}
+    assert named.keys() == FAMILIES.keys()
+    assert {family for family, row in named.items() if "native" in row} == TARGETS.keys()

@@ -14,8 +14,9 @@ from baton.audit.doctor import examine
 from baton.bench import runner
 from baton.bench import tune as tuning
 from baton.bench.suites import Suite, Task
-from baton.bench.tune import best_possible, price_of_rows, tune
+from baton.bench.tune import best_possible, tune
 from baton.cli import app
+from baton.runtime.profile import CostProfile, load_profile, measure_profile
 from baton.types import Output
 
 SUITE = Suite(name="s", version="1", source="", licence="", tasks=tuple(Task(prompt=p) for p in tiny.PROMPTS))
@@ -51,7 +52,7 @@ def clocked(speeds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> list[s
 
     monkeypatch.setattr(tuning, "Ours", Clocked)
     monkeypatch.setattr(tuning, "best_possible", lambda spec, price: 9.0 if spec != "dear" else 0.5)
-    monkeypatch.setattr(tuning, "price_of_rows", lambda *_: {1: 0.001})
+    monkeypatch.setattr(tuning, "measure_profile", lambda *_, **__: CostProfile((1,), (1,), (1,), (((0.001,),),), {}))
     for module in (runner, tuning):
         monkeypatch.setattr(module.time, "perf_counter", lambda: now)
     return log
@@ -100,12 +101,31 @@ def test_the_most_that_a_method_can_give() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_the_price_of_a_pass_is_measured_without_a_trace(family: str) -> None:
+def test_a_profile_is_measured_without_a_trace_and_found_again(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATON_CACHE", str(tmp_path))
     writer = tiny.language_model(family)
     before = baton.generate(writer, tiny.PROMPTS[0], max_new_tokens=5)[0].token_ids
-    price = price_of_rows(writer, tiny.PROMPTS[0], batch_size=2, repeats=2)
-    assert list(price) == [n for n in tuning.ROWS if n in price] and min(price.values()) > 0 and len(price) >= 5
+    assert load_profile(writer) is None
+    profile = measure_profile(writer, contexts=[4, 30, 500], batches=[1, 3], rows=[1, 8, 64], repeats=2)
+    assert profile.contexts == ((4, 30) if family == "llama" else (4, 30, 500))  # the tiny Llama has 128 positions
+    assert all(seconds > 0 for batch in profile.seconds for context in batch for seconds in context)
     assert baton.generate(writer, tiny.PROMPTS[0], max_new_tokens=5)[0].token_ids == before
+    profile.save()
+    assert load_profile(writer) == profile
+    assert load_profile(tiny.language_model(family, seed=1)) == profile  # of the same shape
+    next(tmp_path.rglob("*.json")).write_text("{")
+    assert load_profile(writer) is None
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    seconds = (((1.0, 2.0, 6.0), (2.0, 3.0, 7.0)), ((3.0, 4.0, 8.0), (4.0, 5.0, 9.0)))
+    profile = CostProfile((1, 3), (10, 20), (1, 2, 4), seconds, {})
+    assert profile.cost(1) == 1.0 and profile.cost(3) == 4.0 and profile.cost(8) == 14.0
+    assert profile.cost(2, context=15) == 2.5 and profile.cost(2, context=30) == 4.0
+    assert profile.cost(1, batch=2) == 2.0 and profile.cost(4, context=20, batch=3) == 9.0
+    assert profile.price(20, 3) == {1: 4.0, 2: 5.0, 4: 9.0}
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

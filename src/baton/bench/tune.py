@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from baton.bench.contenders import PLAIN, Ours
 from baton.bench.metrics import Interval, groups, interval, speedup
 from baton.bench.record import Record
@@ -19,10 +17,10 @@ from baton.bench.runner import Quiet, measure_group, write
 from baton.bench.suites import Suite
 from baton.drafters import make
 from baton.errors import BatonError
-from baton.models.adapter import target_for
-from baton.models.prompts import pad_right, tokenize_prompts
+from baton.models.prompts import tokenize_prompts
 from baton.models.writer import Writer
-from baton.types import Sampling, Timings
+from baton.runtime.profile import measure_profile
+from baton.types import Sampling
 
 # What races by default: short and long drafts of each method that needs nothing but the target.
 CANDIDATES = (
@@ -33,7 +31,6 @@ CANDIDATES = (
     "token-recycling:num_draft_tokens=80",
 )
 WITH_SMALL_MODEL = ("num_draft_tokens=2", "num_draft_tokens=4", "num_draft_tokens=8")
-ROWS = (1, 2, 4, 8, 16, 32, 64)  # tokens of a pass whose price is measured
 AT_LEAST = 4  # groups that every runner writes before anyone leaves
 
 
@@ -90,7 +87,8 @@ def tune(
     """
     started = time.perf_counter()
     specs = [*candidates, *(f"draft-model:model={assistant},{rest}" for rest in WITH_SMALL_MODEL if assistant)]
-    price = price_of_rows(writer, suite.tasks[0].prompt, batch_size)
+    ids = tokenize_prompts(writer.prompt_tokenizer, [suite.tasks[0].prompt], writer.prompt_limits, truncate=True)[0]
+    price = measure_profile(writer, contexts=[len(ids)], batches=[batch_size]).price(len(ids), batch_size)
     standings: list[Standing] = []
     racing: list[Ours] = []
     options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens, "max_rows": batch_size}
@@ -134,28 +132,6 @@ def tune(
         final.sort(key=lambda s: s.method != PLAIN)
     ranked = final + sorted(standings, key=lambda s: -s.speedup_interval[0] if s.groups else 0)
     return Tuning(winner=ranked[0].method, standings=ranked, price=price, records=records)
-
-
-@torch.inference_mode()
-def price_of_rows(writer: Writer, prompt: str, batch_size: int = 1, repeats: int = 5) -> dict[int, float]:
-    """Seconds of a cached pass over so many new tokens per request, after a prompt; the median of some passes."""
-    target = target_for(writer.lm)
-    rows = tokenize_prompts(writer.prompt_tokenizer, [prompt] * batch_size, writer.prompt_limits, truncate=True)
-    _, memory = target.prefill(writer.encode(*pad_right(rows, device=target.device), Timings()))
-    before = list(memory.lengths)
-    price: dict[int, float] = {}
-    for count in ROWS:
-        if target.context is not None and max(before) + count > target.context:
-            break
-        seconds = []
-        for _ in range(repeats + 1):
-            ids = torch.zeros((batch_size, count), dtype=torch.long, device=target.device)
-            started = time.perf_counter()
-            target.forward(ids, memory)
-            seconds.append(time.perf_counter() - started)
-            memory.truncate(before)
-        price[count] = sorted(seconds[1:])[repeats // 2]
-    return price
 
 
 def best_possible(spec: str, price: dict[int, float]) -> float:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from baton.cli.command import command
 from baton.cli.console import err, loading, out, progress_bar
+from baton.cli.evaluate import measuring
 from baton.cli.generate import CONFIG, load_writer
 from baton.cli.options import Machine
 from baton.cli.sources import check_methods, check_source
@@ -22,6 +23,11 @@ MARKS = {"ok": "[green]ok", "note": "[cyan]note", "warning": "[yellow]warning", 
 
 
 def register(app: typer.Typer) -> None:
+    command(
+        app,
+        "profile",
+        examples=["baton profile models/pycode-target", "baton profile gpt2-xl --context 1024 --batch-size 1 --json"],
+    )(profile)
     command(
         app,
         "tune",
@@ -106,6 +112,55 @@ def tune(
         cheap = ", ".join(f"{rows}: {seconds / found.price[1]:.2f}x" for rows, seconds in found.price.items())
         out.print(f"[dim]A pass over so many tokens costs, over one ({1000 * found.price[1]:.2f} ms): {cheap}")
         out.print(f"[bold]{found.winner}")
+    err.print(f"wrote {path}", soft_wrap=True)
+
+
+def profile(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a hand-off or language model.")],
+    machine: Machine,
+    rows: Annotated[list[int], typer.Option(min=1, help="New tokens per request, repeatable.")] = [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+    ],  # noqa: B006
+    context: Annotated[list[int], typer.Option(min=1, help="Tokens before them, repeatable.")] = [64, 512, 2048],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(min=1, help="Requests in a pass, repeatable.")] = [1, 8],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="How often each pass is timed; the median counts.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    llm: Annotated[str | None, typer.Option(metavar="L", help="Where a hand-off's LLM is.")] = None,
+) -> None:
+    """Measure what a pass of MODEL costs here, and keep it.
+
+    A pass over several new tokens verifies a draft; how much dearer it is than a pass over one decides how much may be
+    drafted. The result is kept per machine, model, dtype, runtime and number of threads.
+    """
+    check_source(model, llm)
+    machine.prepare()
+    writer = load_writer(model, llm, machine)
+    from baton.runtime.profile import measure_profile
+
+    with measuring() as progress:
+        found = measure_profile(
+            writer, rows=rows, contexts=context, batches=batch_size, repeats=repeats, progress=progress
+        )
+    path = found.save()
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found), indent=1) + "\n")
+    else:
+        how = f"{found.about['dtype']}, runtime {found.about['runtime']}, {found.about['threads']} threads"
+        made = Table(title=f"{model}: {how}; milliseconds", title_justify="left", box=box.SIMPLE_HEAD)
+        for heading in ("batch", "context", *(f"{count} rows" for count in found.rows)):
+            made.add_column(heading, justify="right")
+        for batch, by_context in zip(found.batches, found.seconds, strict=True):
+            for size, seconds in zip(found.contexts, by_context, strict=True):
+                made.add_row(str(batch), str(size), *(f"{1000 * each:.2f}" for each in seconds))
+        out.print(made)
+    if found.busy:
+        err.print(f"[yellow]the machine was busy during {found.busy} passes: measure again when it is quiet")
     err.print(f"wrote {path}", soft_wrap=True)
 
 

@@ -55,6 +55,11 @@ def _errno(error: Exception) -> int:
     return errno.ENOSPC if "inline_container" in str(error) else 0
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: `BATON_CACHE`, or `~/.cache/baton`."""
+    return Path(os.environ.get("BATON_CACHE") or Path.home() / ".cache" / "baton")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file to write that takes the place of `path` at the end of the block; on an error `path` is as before.

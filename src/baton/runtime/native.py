@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from baton.cache import CrossCache, Memory, RowCache
+from baton.data.storage import cache_folder
 from baton.errors import BatonError, UnsupportedModel
 from baton.models.adapter import T5, DecoderOnly, Runtime, Target, next_positions
 from baton.models.writer import PromptInputs
@@ -79,7 +80,7 @@ def kernels() -> Any:
     command = [*compiler.split(), "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
     machine = platform.machine() + _cpu_flags()
     key = hashlib.sha256("\0".join([source, *command, machine]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("BATON_CACHE") or Path.home() / ".cache" / "baton")
+    folder = cache_folder()
     library = folder / f"kernels-{key}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)

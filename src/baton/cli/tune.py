@@ -118,15 +118,7 @@ def tune(
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a hand-off or language model.")],
     machine: Machine,
-    rows: Annotated[list[int], typer.Option(min=1, help="New tokens per request, repeatable.")] = [
-        1,
-        2,
-        4,
-        8,
-        16,
-        32,
-        64,
-    ],  # noqa: B006
+    rows: Annotated[list[int], typer.Option(min=1, help="New tokens, repeatable.")] = [1, 2, 4, 8, 16, 32, 64],  # noqa: B006
     context: Annotated[list[int], typer.Option(min=1, help="Tokens before them, repeatable.")] = [64, 512, 2048],  # noqa: B006
     batch_size: Annotated[list[int], typer.Option(min=1, help="Requests in a pass, repeatable.")] = [1, 8],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="How often each pass is timed; the median counts.")] = 7,

@@ -115,10 +115,23 @@ class Target(ABC):
             raise ValueError(
                 f"layers {low}..{high} of {len(self.layers)}, {'without' if hidden is None else 'with'} hidden"
             )
+        memory.own.append(ids.shape[1], self.device)
+        return self.between(low, high, ids, memory, hidden, positions, tree)
+
+    def between(
+        self,
+        low: int,
+        high: int,
+        ids: Tensor,
+        memory: Memory,
+        hidden: Tensor | None,
+        positions: Tensor | None,
+        tree: Tensor | None,
+    ) -> Tensor:
+        """What `forward_layers` gives, of tokens whose slots have been announced."""
         shown: list[nn.Module] = [_Skipped() if not low <= i < high else layer for i, layer in enumerate(self.layers)]
         if low:
             shown[low - 1] = _Skipped(hidden)
-        memory.own.append(ids.shape[1], self.device)
         with self.showing(shown), self.capture({high}) as found:
             self.run(ids, memory, positions, tree)
         return found[high]

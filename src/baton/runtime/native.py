@@ -242,23 +242,16 @@ class Native(Target):
     kept: dict[int, Tensor] | None = None  # what `capture` wants: layer -> its latest output
     wanted: Collection[int] = ()
 
-    @torch.inference_mode()
-    def forward_layers(
+    def between(
         self,
         low: int,
         high: int,
         ids: Tensor,
         memory: Memory,
-        *,
-        hidden: Tensor | None = None,
-        positions: Tensor | None = None,
-        tree: Tensor | None = None,
+        hidden: Tensor | None,
+        positions: Tensor | None,
+        tree: Tensor | None,
     ) -> Tensor:
-        if not 0 <= low < high <= len(self.layers) or (hidden is None) != (low == 0):
-            raise ValueError(
-                f"layers {low}..{high} of {len(self.layers)}, {'without' if hidden is None else 'with'} hidden"
-            )
-        memory.own.append(ids.shape[1], self.device)
         states = self.embed(ids).float() if hidden is None else hidden.float().clone()
         self.through(states, memory, positions, tree, range(low, high))
         return states

@@ -25,6 +25,7 @@ from baton.bench.compare import compare
 from baton.bench.contenders import Ours
 from baton.bench.decode import bench_decode
 from baton.bench.forward import bench_forward, weight_bytes
+from baton.bench.handoff import bench_handoff
 from baton.bench.metrics import Measurement
 from baton.bench.peers import make_peers
 from baton.bench.record import SCHEMA, Record, Run, from_json, read_run, to_json
@@ -661,3 +662,18 @@ def test_passes_that_cannot_be_timed_are_refused_before_anything_is_allocated(mo
     monkeypatch.setattr("baton.bench.forward.free_bytes", lambda _: 10**8)
     with pytest.raises(MemoryShort, match=r"134 M parameters: 0\.5 GB"):
         bench_forward("llama-110m")
+
+
+def test_a_hand_off_is_timed_at_the_sizes_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading costs a hand-off more than its SLM alone: the LLM reads too, and it is much larger here."""
+    for name, width, layers in (("large", 256, 12), ("small", 32, 1)):
+        sizes = {"d_model": width, "d_kv": 16, "d_ff": width, "num_layers": layers, "num_heads": 2, "vocab_size": 300}
+        monkeypatch.setitem(SHAPES, name, ("t5", sizes | {"decoder_start_token_id": 0}))
+    report = bench_handoff("large", "small", prompt_tokens=40, lengths=(2, 6), repeats=3)
+    cost = {(c.mode, c.tokens): c for c in report.costs}
+    assert len(cost) == len(report.costs) == 6
+    for length in (2, 6):
+        assert cost["handoff", length].read_s > cost["slm", length].read_s
+        assert all(0 < cost[mode, length].read_s < cost[mode, length].total_s for mode in ("llm", "slm", "handoff"))
+    with pytest.raises(BatonError, match="no encoder"):
+        bench_handoff("llama-110m", "small")

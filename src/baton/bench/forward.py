@@ -93,20 +93,14 @@ def bench_forward(
     Raises: UnknownOption for a shape or peer that does not exist; MemoryShort, with an estimate, before any weight is
         allocated.
     """
-    if shape not in SHAPES:
-        raise UnknownOption(f"no shape {shape!r}: {nearest(shape, SHAPES)}")
+    config = shape_config(shape)
     for peer in peers:
         if peer not in PASS_PEERS:
             raise UnknownOption(f"no peer {peer!r} for single passes: {nearest(peer, PASS_PEERS)}")
-    kind, settings = SHAPES[shape]
-    config = AutoConfig.for_model(kind, **settings)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and max(contexts) + max(rows) > limit:
         raise BatonError(f"{max(contexts)} + {max(rows)} positions are more than {shape} has ({limit})")
-    _check_memory(shape, config, dtype, torch.device(device), 2 if "llama.cpp" in peers else 1)
-    torch.manual_seed(0)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_config(config, dtype=dtype).to(device).eval()
+    model = random_model(shape, dtype, device, "eager", copies=2 if "llama.cpp" in peers else 1)
     engines, absent = _engines(model, peers, runtime, max(contexts) + max(rows) + 1)
     read = weight_bytes(model)
     costs: list[Cost] = []
@@ -227,17 +221,38 @@ def _engines(
     return [Baton(OURS, model), *engines], absent
 
 
-def _check_memory(shape: str, config: Any, dtype: torch.dtype, device: torch.device, copies: int) -> None:
+def shape_config(shape: str) -> Any:
+    """The configuration of a public shape. Raises: UnknownOption with the nearest name."""
+    if shape not in SHAPES:
+        raise UnknownOption(f"no shape {shape!r}: {nearest(shape, SHAPES)}")
+    kind, settings = SHAPES[shape]
+    return AutoConfig.for_model(kind, **settings)
+
+
+def random_model(
+    shape: str, dtype: torch.dtype, device: torch.device | str, runtime: RuntimeName, *, copies: int = 1
+) -> PreTrainedModel:
+    """A model of a public shape with random weights, seeded.
+
+    Args:
+        copies: of the weights that memory must have room for.
+    Raises: UnknownOption; MemoryShort, with an estimate, before any weight is allocated.
+    """
+    config = shape_config(shape)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         count = sum(p.numel() for p in auto.from_config(config).parameters())
     gc.collect()
-    needed, free = count * dtype.itemsize * copies, free_bytes(device)
+    needed, free = count * dtype.itemsize * copies, free_bytes(torch.device(device))
     if needed > free:
         raise MemoryShort(
             f"{shape} has {count / 1e6:,.0f} M parameters: {needed / 1e9:.1f} GB in "
             f"{str(dtype).removeprefix('torch.')}, {copies} times, and {free / 1e9:.1f} GB are free"
         )
+    torch.manual_seed(0)
+    model: PreTrainedModel = auto.from_config(config, dtype=dtype).to(device).eval()
+    prepare(model, runtime)
+    return model
 
 
 def _timed(work: Callable[[], None]) -> float:

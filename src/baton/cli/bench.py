@@ -45,6 +45,14 @@ def register(app: typer.Typer) -> None:
     )(forward)
     command(
         bench_app,
+        "handoff",
+        examples=[
+            "baton bench handoff",
+            "baton bench handoff --llm t5-base --slm t5-small --tokens 128 --json out.json",
+        ],
+    )(handoff_speed)
+    command(
+        bench_app,
         "quality",
         examples=["baton bench quality models/en-de-llm --data translate --handoff models/en-de-handoff"],
     )(quality)
@@ -184,6 +192,59 @@ def forward(
         err.print(f"[yellow]{line}", soft_wrap=True)
     if not write_json(as_json, report.to_dict()):
         out.print(cost_table(report.to_dict()))
+
+
+def handoff_speed(
+    machine: Machine,
+    llm: Annotated[str, typer.Option(help="Shape of the LLM.", callback=one_of(SHAPES))] = "t5-large",
+    slm: Annotated[str, typer.Option(help="Shape of the SLM.", callback=one_of(SHAPES))] = "t5-small",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[list[int], typer.Option(min=1, help="Tokens of the response, repeatable.")] = [16, 64, 256],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="How often each is timed; the median counts.")] = 3,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the costs to a file; - is stdout.")
+    ] = None,
+) -> None:
+    """Time LLM, SLM and hand-off at real sizes, on random weights of public shapes.
+
+    What a hand-off saves depends on the sizes and on the length of the response, which this shows; how good its texts
+    are is measured on trained models, with `baton eval handoff`.
+    """
+    machine.prepare()
+    from baton.bench.handoff import bench_handoff
+    from baton.models.loading import resolve_device, resolve_dtype
+
+    dtype: Any = resolve_dtype("bfloat16" if machine.dtype == "auto" else machine.dtype)
+    with measuring() as progress:
+        report = bench_handoff(
+            llm,
+            slm,
+            prompt_tokens=prompt_tokens,
+            lengths=tokens,
+            dtype=dtype,
+            device=resolve_device(machine.device),
+            runtime=machine.runtime,
+            repeats=repeats,
+            command=shlex.join(["baton", *sys.argv[1:]]),
+            progress=progress,
+        )
+    if write_json(as_json, report.to_dict()):
+        return
+    title = f"{llm} -> {slm}, prompt of {prompt_tokens} tokens, {report.settings['dtype']}, batch 1"
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("tokens", "", "reading, ms", "ms per token", "total, ms", "over the LLM"):
+        made.add_column(heading, justify="right" if heading else "left")
+    whole = {cost.tokens: cost.total_s for cost in report.costs if cost.mode == "llm"}
+    for cost in sorted(report.costs, key=lambda cost: cost.tokens):
+        made.add_row(
+            str(cost.tokens),
+            {"llm": "LLM", "slm": "SLM alone", "handoff": "hand-off"}[cost.mode],
+            f"{1e3 * cost.read_s:.1f}",
+            f"{cost.ms_per_token:.2f}",
+            f"{1e3 * cost.total_s:,.0f}",
+            f"{whole[cost.tokens] / cost.total_s:.1f}x",
+        )
+    out.print(made)
 
 
 def cost_table(report: dict[str, Any]) -> Table:

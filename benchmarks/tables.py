@@ -19,7 +19,8 @@ PLACE = re.compile(r"(<!-- table: ([\w.-]+) -->\n)(.*?)(<!-- end of table -->)",
 
 def table(result: dict[str, Any]) -> str:
     """The table of one result, with the conditions below it."""
-    made = _passes(result) if "costs" in result else _decoding(result)
+    kind = _decoding if "summaries" in result else _passes if "shape" in result["settings"] else _handoff
+    made = kind(result)
     return f"{made}\n\n{_conditions(result)}\n"
 
 
@@ -57,10 +58,28 @@ def _passes(result: dict[str, Any]) -> str:
     return markdown_table(["context", "rows", *(f"{engine}, ms" for engine in engines)], rows)
 
 
+def _handoff(result: dict[str, Any]) -> str:
+    names = {"llm": "LLM", "slm": "SLM alone", "handoff": "hand-off"}
+    whole = {cost["tokens"]: cost["total_s"] for cost in result["costs"] if cost["mode"] == "llm"}
+    rows = [
+        [
+            f"{cost['tokens']} tokens, {names[cost['mode']]}",
+            f"{1e3 * cost['read_s']:.0f}",
+            f"{cost['ms_per_token']:.2f}",
+            f"{1e3 * cost['total_s']:,.0f}",
+            f"{whole[cost['tokens']] / cost['total_s']:.1f}x",
+        ]
+        for cost in sorted(result["costs"], key=lambda cost: cost["tokens"])
+    ]
+    return markdown_table(["", "reading, ms", "ms per token", "total, ms", "over the LLM"], rows)
+
+
 def _conditions(result: dict[str, Any]) -> str:
     settings = result.get("run", result.get("settings"))
     about, versions = result.get("machine", settings.get("machine")), result.get("versions", settings.get("versions"))
-    what = settings.get("shape") or settings["model"]
+    what = settings.get("shape") or settings.get("model")
+    if what is None:
+        what = f"{settings['llm']} to {settings['slm']}, prompt of {settings['prompt_tokens']} tokens, batch 1"
     if "suites" in settings:
         prompts = ", ".join(f"{suite['prompts']} of `{name}`" for name, suite in settings["suites"].items())
         what += f"; prompts: {prompts}; greedy, {settings['max_new_tokens']} new tokens"

@@ -1,4 +1,4 @@
-"""What a hand-off costs at real sizes: an LLM, an SLM and the hand-off between them, of public shapes with random weights.
+"""What a hand-off costs at real sizes: LLM, SLM and the hand-off between them, of public shapes with random weights.
 
 The LLM reads the prompt once, a projector maps what it read, the SLM reads the sum with its own embeddings and writes
 (arXiv 2402.16844). Random weights cost what trained ones cost; quality is another matter, measured on trained models.

@@ -677,3 +677,18 @@ def test_a_hand_off_is_timed_at_the_sizes_of_shapes(monkeypatch: pytest.MonkeyPa
         assert all(0 < cost[mode, length].read_s < cost[mode, length].total_s for mode in ("llm", "slm", "handoff"))
     with pytest.raises(BatonError, match="no encoder"):
         bench_handoff("llama-110m", "small")
+
+
+@pytest.mark.parametrize(("name", "module"), [("llama.cpp", "llama_cpp"), ("openvino", "openvino_genai")])
+def test_other_engines_write_what_plain_decoding_writes(name: str, module: str) -> None:
+    """The same weights, ids in and ids out; drafts of theirs included. A trained model: the best token is clear."""
+    pytest.importorskip(module, reason=f"{name} is not installed")
+    writer = load(Path(__file__).parents[1] / "models" / "pycode-target", dtype="float32")
+    prompts = ["def read(path):\n    with open(path) as f:\n", "class Queue(object):\n    def __init__(self"]
+    expected = [output.token_ids for output in generate(writer, prompts, max_new_tokens=24)]
+    peers = make_peers(name, writer, max_new_tokens=24, assistant=None)
+    assert len(peers) == 2
+    for peer in peers:
+        outputs = peer.write(prompts, 0)
+        assert [output.token_ids for output in outputs] == expected
+        assert [output.finish_reason for output in outputs] == ["length", "length"]

@@ -1,5 +1,6 @@
 """llama.cpp on the same weights, written to GGUF: greedy, prompt lookup, and a draft model; one prompt at a time."""
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,13 +107,20 @@ def open_llama(model: PreTrainedModel, context: int, draft: LlamaDraftModel | No
         )
 
 
-def write_gguf(model: PreTrainedModel, path: Path) -> None:
-    """Weights of a Llama-shaped model, in their own dtype, without a vocabulary: ids go in and come out."""
+def write_gguf(model: PreTrainedModel, path: Path, tokenizer: Any = None) -> None:
+    """Weights of a Llama-shaped model, in their own dtype.
+
+    Args:
+        tokenizer: byte-pair encoding that is written too; None: no vocabulary, ids go in and come out.
+    """
     config: Any = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     out = gguf.GGUFWriter(path, "llama")
-    out.add_tokenizer_model("no_vocab")
+    if tokenizer is None:
+        out.add_tokenizer_model("no_vocab")
+    else:
+        _add_vocabulary(out, tokenizer)
     out.add_vocab_size(config.vocab_size)
     out.add_block_count(config.num_hidden_layers)
     out.add_context_length(config.max_position_embeddings)
@@ -160,6 +168,23 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
+
+
+def _add_vocabulary(out: gguf.GGUFWriter, tokenizer: Any) -> None:
+    ids = tokenizer.get_vocab()
+    tokens = sorted(ids, key=ids.__getitem__)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre("gpt-2")
+    out.add_token_list(tokens)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    out.add_token_types([control if token in tokenizer.all_special_tokens else normal for token in tokens])
+    out.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    for add in (out.add_bos_token_id, out.add_eos_token_id, out.add_unk_token_id, out.add_pad_token_id):
+        add(tokenizer.eos_token_id)
+    out.add_chat_template("{{ messages[0].content }}")
+    out.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    out.add_quantization_version(2)
 
 
 class Passes:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PEERS = {
     "transformers": ("baton.bench.peers.transformers", "transformers"),
     "llama.cpp": ("baton.bench.peers.llama_cpp", "baton-decoding[peers]"),
+    "openvino": ("baton.bench.peers.openvino", "baton-decoding[peers]"),
     "ctranslate2": ("baton.bench.peers.ctranslate2", "baton-decoding[peers]"),
 }
 

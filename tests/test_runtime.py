@@ -31,7 +31,7 @@ from baton.models.adapter import Target, runtime_of, target_for
 from baton.models.loading import LanguageModel
 from baton.models.writer import PromptInputs
 from baton.runtime import native, prepare
-from baton.runtime.native import T5Reader
+from baton.runtime.native import Quantized, T5Reader
 from baton.runtime.packed import PackedLinear
 from baton.types import Sampling
 
@@ -252,6 +252,28 @@ def test_without_a_compiler_models_run_eager(monkeypatch: pytest.MonkeyPatch, tm
     assert "cannot be compiled" in native.make_native(model)
     assert prepare(model, "auto") == "eager"
     native.kernels.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["llama, biases", "qwen3", "t5, gated"])
+def test_int8_is_the_model_whose_weights_were_rounded(name: str, dtype: torch.dtype) -> None:
+    model = MODELS[name]().to(dtype)
+    rounded = copy.deepcopy(model)
+    for module in rounded.modules():
+        if type(module) is nn.Linear:
+            stored = Quantized.of(module.weight)
+            assert stored.weight.abs().max() == 127
+            module.weight = nn.Parameter(stored.weight.to(torch.float32) * stored.scales[:, None])
+    tie = rounded.float()
+    assert prepare(model, "int8") == "int8"
+    found = []
+    for target in (target_for(model), target_for(tie)):
+        logits, memory = target.prefill(prompts(9, 4, 1))
+        found.append(torch.cat([logits[:, None], target.forward(torch.tensor([[5, 6, 7]] * 3), memory)], 1).float())
+    assert error(found[0], found[1]) < (1e-4 if dtype == torch.float32 else 0.1)
+    assert prepare(model, "native") == "native"
+    logits, _ = target_for(model).prefill(prompts(9, 4, 1))
+    assert error(logits, found[0][:, 0]) > 1e-3  # the int8 copies are gone
 
 
 def test_an_unknown_runtime_is_refused_with_the_nearest_name() -> None:

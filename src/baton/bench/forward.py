@@ -88,6 +88,7 @@ def bench_forward(
         shape: one of `SHAPES`.
         rows: tokens of a pass; contexts: tokens before it.
         peers: of `PASS_PEERS`; one that cannot take part is reported as absent.
+        runtime: ours; with `int8`, llama.cpp has its weights in eight bits too.
         repeats: of each pass; engines take turns within each.
         progress: called with (what, done, total).
     Raises: UnknownOption for a shape or peer that does not exist; MemoryShort, with an estimate, before any weight is
@@ -102,7 +103,7 @@ def bench_forward(
         raise BatonError(f"{max(contexts)} + {max(rows)} positions are more than {shape} has ({limit})")
     model = random_model(shape, dtype, device, "eager", copies=2 if "llama.cpp" in peers else 1)
     engines, absent = _engines(model, peers, runtime, max(contexts) + max(rows) + 1)
-    read = weight_bytes(model)
+    read = weight_bytes(model) // (dtype.itemsize if runtime == "int8" else 1)
     costs: list[Cost] = []
     usual, busy, done = probe_s(), 0, 0
     total = len(contexts) * (1 + len(rows))
@@ -214,7 +215,7 @@ def _engines(
             try:
                 if model.config.model_type not in FAMILIES:
                     raise Absent(f"llama.cpp is left out: here it runs {', '.join(FAMILIES)}")
-                engines.append(Passes(model, context))
+                engines.append(Passes(model, context, q8=runtime == "int8"))
             except (BatonError, ValueError, OSError, RuntimeError) as error:  # the others go on
                 absent.append(str(error))
     prepare(model, runtime)  # native layers leave the model's own call as it was

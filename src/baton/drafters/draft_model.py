@@ -36,6 +36,7 @@ class DraftModel(Drafter):
     max_depth: int = 5  # longest path of a tree
     min_confidence: float = 0.0  # a chain ends before a token that the small model gives a smaller probability
     sample: bool = False  # draw chains from its distribution; such drafts are verified by recursive rejection
+    int8: bool = False  # run it on int8 copies of its weights: half to read; what it drafts changes a little
     realign: bool = True  # talk through text where the tokenizers differ; false refuses
     name = "draft-model"
 
@@ -67,7 +68,7 @@ class DraftModel(Drafter):
     def load(self, engine: "Engine") -> Writer:
         if not self.model:
             raise UnknownOption(f"{self.name} needs a small model: {self.name}:model=FOLDER_OR_HUB_ID")
-        return load(self.model, **beside(engine.target.model))
+        return load(self.model, **beside(engine.target.model) | ({"runtime": "int8"} if self.int8 else {}))
 
     def join(self, joined: Joined) -> None:
         _, memory = self.target.prefill(self.read(joined))

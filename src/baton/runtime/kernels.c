@@ -19,15 +19,17 @@ typedef float vf_any __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2)));
+typedef int8_t vb_any __attribute__((vector_size(16), aligned(1)));
 typedef uint16_t bf16;
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
-enum { F32 = 0, BF16 = 1 };
+enum { F32 = 0, BF16 = 1, INT8 = 2 };
 enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3 };
 
 typedef struct {
   const void *weight, *bias; /* [out, in] and [out], or NULL */
+  const float *scales;       /* [out]: weights are int8, to be multiplied by these; NULL: they are of the layer's dtype */
   int64_t out, in;
 } Linear;
 
@@ -62,6 +64,7 @@ INLINE vf load_f32(const float *p) { return *(const vf_any *)p; }
 INLINE void store_f32(float *p, vf v) { *(vf_any *)p = v; }
 INLINE vf load_bf16(const bf16 *p) { return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16); }
 INLINE vf load(const void *p, int64_t i, int dtype) {
+  if (dtype == INT8) return __builtin_convertvector(*(const vb_any *)((const int8_t *)p + i), vf);
   return dtype == BF16 ? load_bf16((const bf16 *)p + i) : load_f32((const float *)p + i);
 }
 INLINE float load_one(const void *p, int64_t i, int dtype) {
@@ -76,7 +79,7 @@ INLINE void store(void *p, int64_t i, vf v, int dtype) {
   vi number = v == v;
   *(vh_any *)((bf16 *)p + i) = __builtin_convertvector((rounded & (vu)number) | (0x7fc0 & ~(vu)number), vh_any);
 }
-INLINE int64_t size_of(int dtype) { return dtype == BF16 ? 2 : 4; }
+INLINE int64_t size_of(int dtype) { return dtype == INT8 ? 1 : dtype == BF16 ? 2 : 4; }
 INLINE vf splat(float x) { return x - (vf){0}; }
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v4 __attribute__((vector_size(16)));
@@ -116,11 +119,11 @@ INLINE void ahead(const void *p, int64_t tile, int m) {
    hardware to see that others follow. */
 #define TILE 4
 #define EACH(i, n) _Pragma("GCC unroll 4") for (int i = 0; i < n; i++)
-INLINE void tile(const void *w, const void *x, int64_t k, int m, int n, int dtype, float *out) {
+INLINE void tile(const void *w, const void *x, int64_t k, int m, int n, int kind, int dtype, float *out) {
   vf acc[TILE][TILE];
   EACH(i, m) EACH(j, n) acc[i][j] = (vf){0};
 #if defined(__AVX512BF16__)
-  if (dtype == BF16 && k % (2 * LANES) == 0) {
+  if (kind == BF16 && dtype == BF16 && k % (2 * LANES) == 0) {
     for (int64_t at = 0; at < k; at += 2 * LANES) {
       __m512bh b[TILE];
       EACH(j, n) {
@@ -137,8 +140,8 @@ INLINE void tile(const void *w, const void *x, int64_t k, int m, int n, int dtyp
     for (int64_t at = 0; at < k; at += LANES) {
       vf b[TILE];
       EACH(j, n) {
-        b[j] = load(w, j * k + at, dtype);
-        ahead((const char *)w + (TILE * at + j * LANES) * size_of(dtype), TILE * k * size_of(dtype), m);
+        b[j] = load(w, j * k + at, kind);
+        ahead((const char *)w + (TILE * at + j * LANES) * size_of(kind), TILE * k * size_of(kind), m);
       }
       EACH(i, m) {
         vf a = load(x, i * k + at, dtype);
@@ -149,31 +152,37 @@ INLINE void tile(const void *w, const void *x, int64_t k, int m, int n, int dtyp
 }
 
 /* The same with sizes that the compiler knows, where they are the usual ones. */
-#define SIZED(NAME, DTYPE)                                                                            \
+#define SIZED(NAME, KIND, DTYPE)                                                                      \
   static void NAME(const void *w, const void *x, int64_t k, int m, int n, float *out) {               \
-    if (n < TILE) tile(w, x, k, m, n, DTYPE, out);                                                    \
-    else if (m == 1) tile(w, x, k, 1, TILE, DTYPE, out);                                              \
-    else if (m == 2) tile(w, x, k, 2, TILE, DTYPE, out);                                              \
-    else if (m == 3) tile(w, x, k, 3, TILE, DTYPE, out);                                              \
-    else tile(w, x, k, TILE, TILE, DTYPE, out);                                                       \
+    if (n < TILE) tile(w, x, k, m, n, KIND, DTYPE, out);                                              \
+    else if (m == 1) tile(w, x, k, 1, TILE, KIND, DTYPE, out);                                        \
+    else if (m == 2) tile(w, x, k, 2, TILE, KIND, DTYPE, out);                                        \
+    else if (m == 3) tile(w, x, k, 3, TILE, KIND, DTYPE, out);                                        \
+    else tile(w, x, k, TILE, TILE, KIND, DTYPE, out);                                                 \
   }
-SIZED(tile_f32, F32)
-SIZED(tile_bf16, BF16)
+SIZED(tile_f32, F32, F32)
+SIZED(tile_bf16, BF16, BF16)
+SIZED(tile_int8_f32, INT8, F32)
+SIZED(tile_int8_bf16, INT8, BF16)
 
-/* Outputs [first, last) of a linear map for m rows of x, [m, in] in the weights' dtype; added to `out` or put there. */
+/* Outputs [first, last) of a linear map for m rows of x, [m, in] in the layer's dtype; added to `out` or put there. */
 static void linear(const Linear *l, const void *x, int64_t m, int dtype, int64_t first, int64_t last, float *out,
                    int64_t stride, int add) {
-  const int64_t row = l->in * size_of(dtype);
+  const int64_t w_row = l->in * (l->scales ? 1 : size_of(dtype)), x_row = l->in * size_of(dtype);
+  void (*run)(const void *, const void *, int64_t, int, int, float *) =
+      l->scales ? (dtype == BF16 ? tile_int8_bf16 : tile_int8_f32) : (dtype == BF16 ? tile_bf16 : tile_f32);
   for (int64_t n = first; n < last; n += TILE) {
     const int wide = last - n < TILE ? (int)(last - n) : TILE;
-    const char *w = (const char *)l->weight + n * row;
+    const char *w = (const char *)l->weight + n * w_row;
     for (int64_t i = 0; i < m; i += TILE) {
       const int high = m - i < TILE ? (int)(m - i) : TILE;
       float part[TILE * TILE];
-      (dtype == BF16 ? tile_bf16 : tile_f32)(w, (const char *)x + i * row, l->in, high, wide, part);
+      run(w, (const char *)x + i * x_row, l->in, high, wide, part);
       for (int r = 0; r < high; r++)
         for (int j = 0; j < wide; j++) {
-          float y = part[r * TILE + j] + (l->bias ? load_one(l->bias, n + j, dtype) : 0.0f);
+          float y = part[r * TILE + j];
+          if (l->scales) y *= l->scales[n + j];
+          if (l->bias) y += load_one(l->bias, n + j, dtype);
           float *at = out + (i + r) * stride + n + j;
           *at = add ? *at + y : y;
         }

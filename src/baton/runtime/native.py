@@ -20,7 +20,7 @@ from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,11 @@ TOKENS_AT_ONCE = 512  # of a prompt pass; more would only take more memory
 
 
 class _Linear(Structure):
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("out", c_int64), ("inner", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias", "scales")),
+        ("out", c_int64),
+        ("inner", c_int64),
+    )
 
 
 class _Layer(Structure):
@@ -482,6 +486,33 @@ TARGETS: dict[str, type[Native]] = {
 }
 
 
+class Quantized(NamedTuple):
+    """A weight in int8: row by row, weight * scale is nearest to what it was."""
+
+    weight: Tensor  # int8 [out, in]
+    scales: Tensor  # float32 [out]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Quantized":
+        wide = weight.detach().float()
+        scales = wide.abs().amax(1).clamp(min=1e-12) / 127
+        return cls((wide / scales[:, None]).round().to(torch.int8), scales)
+
+
+def make_int8(model: PreTrainedModel) -> str:
+    """Let a model run by native layers on int8 copies of its matrices. Its texts change a little: for draft models.
+
+    Returns: why it cannot; empty when it can.
+    """
+    reason = make_native(model)
+    if not reason:
+        parts: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
+        for part in parts:
+            part.baton_int8 = Quantized.of(part.weight)
+        model.baton_runtime = model.baton_runtime._replace(name="int8")
+    return reason
+
+
 def make_native(model: PreTrainedModel) -> str:
     """Let a model run by native layers in our engine. Nothing in it changes; transformers' own calls stay stock.
 
@@ -495,6 +526,8 @@ def make_native(model: PreTrainedModel) -> str:
             detail = getattr(error, "stderr", None)
             reason = f"the C kernels cannot be compiled: {detail.decode(errors='replace') if detail else error}"
     if not reason:
+        for module in model.modules():
+            vars(module).pop("baton_int8", None)  # of an earlier choice
         model.baton_runtime = Runtime("native", TARGETS[model.config.model_type], (model.device, model.dtype))
     return reason
 
@@ -540,5 +573,9 @@ def _why_not(model: PreTrainedModel) -> str:
 
 
 def _linear(layer: Any) -> _Linear:
+    """A linear layer as it is, or its int8 copy where there is one."""
     bias = None if layer.bias is None else layer.bias.data_ptr()
-    return _Linear(layer.weight.data_ptr(), bias, *layer.weight.shape)
+    copy: Quantized | None = getattr(layer, "baton_int8", None)
+    if copy is not None:
+        return _Linear(copy.weight.data_ptr(), bias, copy.scales.data_ptr(), *layer.weight.shape)
+    return _Linear(layer.weight.data_ptr(), bias, None, *layer.weight.shape)

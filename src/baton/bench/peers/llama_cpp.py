@@ -89,12 +89,14 @@ class _Small(LlamaDraftModel):
         return np.array(found, dtype=np.intc)
 
 
-def open_llama(model: PreTrainedModel, context: int, draft: LlamaDraftModel | None = None) -> Llama:
-    """llama.cpp with a copy of these weights, in their dtype."""
+def open_llama(
+    model: PreTrainedModel, context: int, draft: LlamaDraftModel | None = None, *, q8: bool = False
+) -> Llama:
+    """llama.cpp with a copy of these weights, in their dtype, or in its own eight bits (Q8_0)."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_gguf(model, path)
+        write_gguf(model, path, q8=q8)
         return Llama(
             str(path),
             n_ctx=context,
@@ -107,11 +109,12 @@ def open_llama(model: PreTrainedModel, context: int, draft: LlamaDraftModel | No
         )
 
 
-def write_gguf(model: PreTrainedModel, path: Path, tokenizer: Any = None) -> None:
+def write_gguf(model: PreTrainedModel, path: Path, tokenizer: Any = None, *, q8: bool = False) -> None:
     """Weights of a Llama-shaped model, in their own dtype.
 
     Args:
         tokenizer: byte-pair encoding that is written too; None: no vocabulary, ids go in and come out.
+        q8: matrices in Q8_0.
     """
     config: Any = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -136,7 +139,10 @@ def write_gguf(model: PreTrainedModel, path: Path, tokenizer: Any = None) -> Non
 
     def add(name: str, weight: Tensor) -> None:
         weight = weight.detach().cpu().contiguous()
-        if weight.dim() == 1 or weight.dtype == torch.float32:
+        if q8 and weight.dim() == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            out.add_tensor(name, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind)
+        elif weight.dim() == 1 or weight.dtype == torch.float32:
             out.add_tensor(name, weight.float().numpy())
         elif weight.dtype == torch.bfloat16:
             raw = weight.view(torch.uint8).numpy()
@@ -190,10 +196,9 @@ def _add_vocabulary(out: gguf.GGUFWriter, tokenizer: Any) -> None:
 class Passes:
     """Single passes, for `baton bench forward`."""
 
-    name = "llama.cpp"
-
-    def __init__(self, model: PreTrainedModel, context: int) -> None:
-        self.llama = open_llama(model, context)
+    def __init__(self, model: PreTrainedModel, context: int, *, q8: bool = False) -> None:
+        self.name = "llama.cpp Q8_0" if q8 else "llama.cpp"
+        self.llama = open_llama(model, context, q8=q8)
 
     def begin(self, ids: list[int]) -> None:
         self.llama.reset()

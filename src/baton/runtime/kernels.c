@@ -83,11 +83,25 @@ INLINE int64_t size_of(int dtype) { return dtype == INT8 ? 1 : dtype == BF16 ? 2
 INLINE vf splat(float x) { return x - (vf){0}; }
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v4 __attribute__((vector_size(16)));
+typedef float v4_any __attribute__((vector_size(16), aligned(4)));
 INLINE float sum(vf v) {
   union { vf all; v8 half[2]; } a = {v};
   union { v8 all; v4 half[2]; } b = {a.half[0] + a.half[1]};
   v4 c = b.half[0] + b.half[1];
   return (c[0] + c[2]) + (c[1] + c[3]);
+}
+/* The same sums, in the same order, of four vectors at once. */
+#define SHUFFLE __builtin_shufflevector
+INLINE v4 sum4(vf a, vf b, vf c, vf d) {
+  vf ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+          SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  vf cd = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+          SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  vf all = SHUFFLE(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           SHUFFLE(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  all += SHUFFLE(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return SHUFFLE(all, all, 0, 4, 8, 12);
 }
 INLINE vf pick(vi where, vf yes, vf no) { return (vf)(((vi)yes & where) | ((vi)no & ~where)); }
 
@@ -148,7 +162,8 @@ INLINE void tile(const void *w, const void *x, int64_t k, int m, int n, int kind
         EACH(j, n) acc[i][j] += a * b[j];
       }
     }
-  EACH(i, m) EACH(j, n) out[i * TILE + j] = sum(acc[i][j]);
+  if (n == TILE) EACH(i, m) *(v4_any *)(out + i * TILE) = sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+  else EACH(i, m) EACH(j, n) out[i * TILE + j] = sum(acc[i][j]);
 }
 
 /* The same with sizes that the compiler knows, where they are the usual ones. */
@@ -178,6 +193,14 @@ static void linear(const Linear *l, const void *x, int64_t m, int dtype, int64_t
       const int high = m - i < TILE ? (int)(m - i) : TILE;
       float part[TILE * TILE];
       run(w, (const char *)x + i * x_row, l->in, high, wide, part);
+      if (wide == TILE && !l->scales && !l->bias) {
+        for (int r = 0; r < high; r++) {
+          v4_any *at = (v4_any *)(out + (i + r) * stride + n);
+          const v4 y = *(v4_any *)(part + r * TILE);
+          *at = add ? *at + y : y;
+        }
+        continue;
+      }
       for (int r = 0; r < high; r++)
         for (int j = 0; j < wide; j++) {
           float y = part[r * TILE + j];

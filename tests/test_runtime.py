@@ -225,8 +225,8 @@ def test_a_model_that_was_converted_runs_eager_and_its_old_engine_says_so() -> N
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: tiny.llama(**CAUSAL | {"head_dim": 8}), "heads are 8 wide"),
-        (lambda: tiny.llama(**CAUSAL | {"hidden_act": "tanh"}), "activation is"),
+        (lambda: tiny.llama(**CAUSAL | {"head_dim": 8}), "heads 8 wide"),
+        (lambda: tiny.llama(**CAUSAL | {"hidden_act": "tanh"}), "activation Tanh"),
         (lambda: tiny.llama(**CAUSAL).to(torch.float16), "float16"),
         (tiny.gpt2, "no native layers for gpt2"),
         (lambda: MODELS["t5"]().to(torch.bfloat16).requires_grad_(False), ""),
@@ -315,3 +315,103 @@ def test_logits_that_are_no_numbers_stay_so() -> None:
     assert isinstance(memory, Memory) and logits.isfinite().all()
     after = target.forward(torch.tensor([[7], [8]]), memory)
     assert after[0].isnan().all() and after[1].isfinite().all()
+
+
+# --- models that are not what they were ------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_never_left_out() -> None:
+    """With a LoRA of rank 16 every matrix looks right from outside; added before or after, the text must have it."""
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    before, after = MODELS["llama"](), MODELS["llama"]()
+    peft.inject_adapter_in_model(options, before)
+    assert prepare(before, "native") == "eager"
+    assert prepare(after, "native") == "native"
+    peft.inject_adapter_in_model(options, after)
+    stock = MODELS["llama"]()
+    inputs = prompts(5)
+    for model in (before, after):
+        expected = model(input_ids=inputs.ids).logits[:, -1]
+        logits, _ = target_for(model).prefill(inputs)
+        torch.testing.assert_close(logits.float(), expected, atol=1e-4, rtol=1e-4)
+        assert (logits - stock(input_ids=inputs.ids).logits[:, -1]).abs().max() > 0.1
+
+
+def test_weights_that_are_computed_or_elsewhere_are_refused() -> None:
+    computed, elsewhere = MODELS["llama"](), MODELS["llama"]()
+    nn.utils.parametrizations.weight_norm(computed.model.layers[0].mlp.up_proj)
+    elsewhere.model.layers[1].mlp.up_proj.to("meta")
+    for model in (computed, elsewhere):
+        assert prepare(model, "native") == "eager"
+    packed = tiny.llama(**CAUSAL).to(torch.bfloat16)
+    if prepare(packed, "packed") == "packed":
+        assert prepare(packed, "native") == "eager"
+
+
+def test_an_engine_sees_that_weights_were_exchanged_and_reads_no_freed_memory() -> None:
+    model = MODELS["llama"]()
+    prepare(model, "native")
+    target = target_for(model)
+    logits, _ = target.prefill(prompts(5))
+    other = {name: weight.clone() for name, weight in MODELS["llama"]().state_dict().items()}
+    model.load_state_dict(other, assign=True)
+    with pytest.raises(BatonError, match="make a new engine"):
+        target.prefill(prompts(5))
+    assert torch.equal(target_for(model).prefill(prompts(5))[0], logits)
+
+
+def test_a_long_prompt_is_captured_whole() -> None:
+    """It is read in pieces; what drafters are given is all of it."""
+    stock, fast = both("llama", torch.float32)
+    inputs = prompts(*[100] * 7, 30)
+    states = []
+    for target in (stock, fast):
+        with target.capture([0, 2]) as found:
+            target.prefill(inputs)
+        states.append(found)
+    for layer in (0, 2):
+        assert states[1][layer].shape == (8, 100, 64)
+        torch.testing.assert_close(states[1][layer][:7], states[0][layer][:7], atol=2e-3, rtol=2e-3)
+
+
+def test_what_the_native_encoder_read_can_be_learned_from() -> None:
+    model = tiny.t5(**T5)
+    states = T5Reader(model)(model.get_input_embeddings()(torch.tensor([[5, 6, 7]])), torch.ones((1, 3)).long())
+    layer = nn.Linear(64, 4)
+    layer(states).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+
+
+def test_states_and_embeddings_of_another_dtype_or_order_are_converted() -> None:
+    model = MODELS["t5"]().to(torch.bfloat16)
+    prepare(model, "native")
+    target: Any = target_for(model)
+    inputs = prompts(6, 3)
+    states, _ = target.encode(inputs)
+    expected, _ = target.prefill(PromptInputs(states=states, mask=inputs.mask))
+    found, _ = target.prefill(PromptInputs(states=states.float(), mask=inputs.mask))
+    assert torch.equal(found, expected)
+    wide = model.get_input_embeddings()(inputs.ids).detach()
+    turned = wide.transpose(0, 1).contiguous().transpose(0, 1).float()
+    assert torch.equal(target.reader(turned, inputs.mask), target.reader(wide, inputs.mask))
+
+
+def test_positions_and_rows_that_do_not_exist_are_no_accident() -> None:
+    _, fast = both("llama, all heads", torch.float32)
+    fast.context = None
+    _, memory = fast.prefill(prompts(4))
+    assert fast.forward(torch.tensor([[5]]), memory, positions=torch.tensor([[50000]])).isfinite().all()
+    with pytest.raises(ValueError, match="2 rows of tokens for 1"):
+        fast.forward(torch.tensor([[5], [6]]), memory)
+    _, t5 = both("t5", torch.float32)
+    _, memory = t5.prefill(prompts(4))
+    assert t5.forward(torch.tensor([[5, 6]]), memory, positions=torch.tensor([[3000, 9000]])).isfinite().all()
+
+
+def test_relu_hides_no_broken_number() -> None:
+    model = MODELS["t5"]()
+    with torch.no_grad():
+        model.decoder.block[0].layer[2].DenseReluDense.wi.weight[3] = float("nan")
+    prepare(model, "native")
+    assert target_for(model).prefill(prompts(4))[0].isnan().any()

@@ -5,6 +5,7 @@ is plain decoding, more are the verification of a draft. Nothing is generated, s
 not measured here.
 """
 
+import copy
 import gc
 import statistics
 import time
@@ -89,7 +90,7 @@ def bench_forward(
         rows: tokens of a pass; contexts: tokens before it.
         peers: of `PASS_PEERS`; one that cannot take part is reported as absent.
         runtime: ours; with `int8`, llama.cpp has its weights in eight bits too.
-        repeats: of each pass; engines take turns within each.
+        repeats: of each pass, 3 or more; engines take turns within each.
         progress: called with (what, done, total).
     Raises: UnknownOption for a shape or peer that does not exist; MemoryShort, with an estimate, before any weight is
         allocated.
@@ -103,9 +104,14 @@ def bench_forward(
         raise BatonError(f"{max(contexts)} + {max(rows)} positions are more than {shape} has ({limit})")
     model = random_model(shape, dtype, device, "eager", copies=2 if "llama.cpp" in peers else 1)
     engines, absent = _engines(model, peers, runtime, max(contexts) + max(rows) + 1)
-    read = weight_bytes(model) // (dtype.itemsize if runtime == "int8" else 1)
+    ours = engines[0]
+    assert isinstance(ours, Baton)
+    halved = dtype.itemsize if runtime_of(ours.model).name == "int8" else 1
+    read = dict.fromkeys((engine.name for engine in engines), weight_bytes(model)) | {
+        OURS: weight_bytes(model) // halved
+    }
     costs: list[Cost] = []
-    usual, busy, done = probe_s(), 0, 0
+    usual, busy, done, repeats = probe_s(), 0, 0, max(3, repeats)
     total = len(contexts) * (1 + len(rows))
     for context in contexts:
         prompt = torch.randint(3, config.vocab_size, (context,)).tolist()
@@ -124,7 +130,7 @@ def bench_forward(
                         seconds[engine.name].append(_timed(lambda: engine.look(ids)))  # noqa: B023
             for name, values in seconds.items():
                 low, median, high = statistics.quantiles(values, n=4)
-                costs.append(Cost(name, what, context, count, median, low, high, round(read / median / 1e9, 1)))
+                costs.append(Cost(name, what, context, count, median, low, high, round(read[name] / median / 1e9, 1)))
             done += 1
             if progress is not None:
                 progress(f"context {context}", done, total)
@@ -133,9 +139,9 @@ def bench_forward(
         settings={
             "shape": shape,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "weight_bytes": read,
+            "weight_bytes": weight_bytes(model),
             "dtype": str(dtype).removeprefix("torch."),
-            "runtime": runtime_of(model).name,
+            "runtime": runtime_of(ours.model).name,
             "repeats": repeats,
             "git": revision(),
             "command": command,
@@ -151,7 +157,7 @@ class Baton:
     """Our engine's target, stock or faster."""
 
     def __init__(self, name: str, model: PreTrainedModel) -> None:
-        self.name, self.target = name, target_for(model)
+        self.name, self.model, self.target = name, model, target_for(model)
 
     def begin(self, ids: list[int]) -> None:
         prompt = torch.tensor([ids], device=self.target.device)
@@ -218,8 +224,9 @@ def _engines(
                 engines.append(Passes(model, context, q8=runtime == "int8"))
             except (BatonError, ValueError, OSError, RuntimeError) as error:  # the others go on
                 absent.append(str(error))
-    prepare(model, runtime)  # native layers leave the model's own call as it was
-    return [Baton(OURS, model), *engines], absent
+    ours = copy.deepcopy(model) if runtime == "packed" else model  # the others leave its own call as it was
+    prepare(ours, runtime)
+    return [Baton(OURS, ours), *engines], absent
 
 
 def shape_config(shape: str) -> Any:

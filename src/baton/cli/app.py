@@ -13,7 +13,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 TRAIN_HELP = "Train a hand-off from a large model to a small one."
-ORDER = ["generate", "train", "eval", "label", "bench", "report", "tune", "doctor", "audit", "demo", "info"]
+ORDER = ["generate", "train", "eval", "label", "bench", "report", "profile", "tune", "doctor", "audit", "demo", "info"]
 
 
 class LazyGroup(TyperGroup):

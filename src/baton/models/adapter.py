@@ -85,7 +85,7 @@ class Target(ABC):
             ids: int64 [b, q].
             positions: int64 [b, q]; None: each row goes on where it ends.
             tree: bool [b, q, q], True where new token i may attend to new token j; None: a chain.
-        Returns: logits [b, q, V] in the model's dtype. `memory.keep` then drops tokens that were not accepted.
+        Returns: logits [b, q, V] in the model's dtype, or float32. `memory.keep` then drops what was not accepted.
         """
         memory.own.append(ids.shape[1], self.device)
         return self.unembed(self.run(ids, memory, positions, tree))
@@ -503,7 +503,10 @@ def target_for(model: PreTrainedModel) -> Target:
             f"models of type {family!r} are not supported by Baton's engine yet (supported: {', '.join(FAMILIES)}); "
             "transformers' own generate may run them"
         )
-    return (runtime_of(model).target or FAMILIES[family])(model)
+    if (fast := runtime_of(model).target) is not None:
+        with contextlib.suppress(UnsupportedModel):  # it got an adapter, or other weights, since it was made faster
+            return fast(model)
+    return FAMILIES[family](model)
 
 
 def runtime_of(model: PreTrainedModel) -> Runtime:

@@ -91,6 +91,7 @@ INLINE float sum(vf v) {
   return (c[0] + c[2]) + (c[1] + c[3]);
 }
 /* The same sums, in the same order, of four vectors at once. */
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
 #define SHUFFLE __builtin_shufflevector
 INLINE v4 sum4(vf a, vf b, vf c, vf d) {
   vf ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -103,6 +104,9 @@ INLINE v4 sum4(vf a, vf b, vf c, vf d) {
   all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
   return SHUFFLE(all, all, 0, 4, 8, 12);
 }
+#else
+INLINE v4 sum4(vf a, vf b, vf c, vf d) { return (v4){sum(a), sum(b), sum(c), sum(d)}; }
+#endif
 INLINE vf pick(vi where, vf yes, vf no) { return (vf)(((vi)yes & where) | ((vi)no & ~where)); }
 
 /* e^x, relative error below 2e-7: 2^n times a polynomial in what is left. */
@@ -228,7 +232,7 @@ static void rms_norm(const float *x, const void *weight, int64_t m, int64_t d, f
 }
 
 INLINE vf activate(vf x, int kind) {
-  if (kind == RELU) return pick(x > 0.0f, x, (vf){0});
+  if (kind == RELU) return pick(x < 0.0f, (vf){0}, x); /* what is no number stays so */
   if (kind == SILU) return x / (exponential(-x) + 1.0f);
   if (kind == GELU_TANH) { /* x * sigmoid(2 y) is x/2 (1 + tanh y) */
     vf y = (x * x * x * 0.044715f + x) * 0.7978845608f;
@@ -316,21 +320,27 @@ static void norm_head(float *x, const void *weight, int64_t width, float epsilon
   for (int64_t i = 0; i < width; i++) x[i] *= by * load_one(weight, i, dtype);
 }
 
+INLINE int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static char *take(char **at, int64_t bytes) {
   char *found = *at;
-  *at += (bytes + 63) / 64 * 64;
+  *at += rounded(bytes);
   return found;
+}
+
+INLINE float bias_at(const float *bias, const Layer *l, int64_t distance) {
+  const int64_t at = distance + l->bias_offset; /* a node that is deeper than the query is never seen: any bias will do */
+  return bias[at < 0 ? 0 : at < l->bias_size ? at : l->bias_size - 1];
 }
 
 /* What a query may see, as the start of its scores: 0 or the bias by distance, and -inf where it may not look. */
 static void look(const Layer *l, const Pass *p, int64_t row, int64_t query, int64_t head, int64_t slots, float *scores) {
   const int64_t n = p->count, start = p->starts[row], here = p->positions[row * n + query];
-  const float *bias = l->bias ? l->bias + head * l->bias_size + l->bias_offset : 0;
+  const float *bias = l->bias ? l->bias + head * l->bias_size : 0;
   int64_t s = 0;
   if (l->window)
     for (; s < start && here - s >= l->window; s++) scores[s] = -INFINITY;
   if (bias)
-    for (; s < start; s++) scores[s] = bias[here - s];
+    for (; s < start; s++) scores[s] = bias_at(bias, l, here - s);
   else if (s < start) {
     memset(scores + s, 0, 4 * (start - s));
     s = start;
@@ -339,7 +349,7 @@ static void look(const Layer *l, const Pass *p, int64_t row, int64_t query, int6
     const int64_t j = s - start, place = p->positions[row * n + j];
     int seen = p->lengths || (p->tree ? p->tree[(row * n + query) * n + j] : j <= query);
     if (l->window && here - place >= l->window) seen = 0;
-    scores[s] = !seen ? -INFINITY : bias ? bias[here - place] : 0.0f;
+    scores[s] = !seen ? -INFINITY : bias ? bias_at(bias, l, here - place) : 0.0f;
   }
 }
 
@@ -369,11 +379,32 @@ static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t fir
   }
 }
 
+/* Up to so many tokens each thread norms all of them for itself, which is cheaper than to wait for the others. */
+#define FEW 16
+
+/* Bytes that a thread works in by itself: normed tokens; queries, their output and scores. */
+static int64_t thread_bytes(const Layer *l, int64_t tokens, int64_t d, int64_t slots) {
+  const int64_t padded = (slots + LANES - 1) / LANES * LANES;
+  return rounded(4 * (tokens < FEW ? tokens : FEW) * d) + 2 * rounded(4 * TILE * l->width) + rounded(4 * TILE * padded);
+}
+
 /* Bytes that `layer` works in. */
 int64_t scratch_bytes(const Layer *l, int64_t tokens, int64_t d, int64_t slots, int32_t threads) {
-  const int64_t a_token = (l->heads + 2 * l->kv_heads + l->heads) * l->width + 3 * l->gate.out;
-  const int64_t a_thread = tokens * d + TILE * (slots + LANES + 2 * l->width);
-  return 4 * (tokens * a_token + threads * a_thread) + 64 * (8 + 4 * threads);
+  const int64_t a_token = (l->heads + 2 * l->kv_heads + l->heads) * l->width + 3 * l->gate.out + d;
+  return 4 * tokens * a_token + 8 * 64 + threads * thread_bytes(l, tokens, d, slots);
+}
+
+/* All tokens normed, in the weights' dtype; called by all threads of a region. */
+static const void *normed(const Layer *l, const Pass *p, const void *weight, void *mine, void *shared) {
+  const int64_t m = p->rows * p->count, d = p->d;
+  if (m <= FEW) {
+    rms_norm(p->hidden, weight, m, d, l->epsilon, l->dtype, mine);
+    return mine;
+  }
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < m; i++)
+    rms_norm(p->hidden + i * d, weight, 1, d, l->epsilon, l->dtype, (char *)shared + i * d * size_of(l->dtype));
+  return shared;
 }
 
 void layer(const Layer *l, const Pass *p) {
@@ -385,14 +416,13 @@ void layer(const Layer *l, const Pass *p) {
   float *qkv = (float *)take(&free, 4 * m * wide);
   char *seen = take(&free, 4 * m * q_out), *product = take(&free, 4 * m * inner);
   float *gate = (float *)take(&free, 4 * m * inner), *up = (float *)take(&free, 4 * m * inner);
-  char *own = free;
+  char *shared = take(&free, 4 * m * d), *own = free;
 #pragma omp parallel num_threads(p->threads)
   {
-    const int64_t a_thread = (4 * m * d + 63) / 64 * 64 + 2 * (4 * TILE * width + 63) / 64 * 64 + 4 * TILE * padded + 128;
-    char *mine = own + omp_get_thread_num() * (a_thread / 64 * 64);
-    void *x = take(&mine, 4 * m * d);
+    char *mine = own + omp_get_thread_num() * thread_bytes(l, m, d, p->slots);
+    void *few = take(&mine, 4 * (m < FEW ? m : FEW) * d);
     int64_t first, last;
-    rms_norm(p->hidden, l->norm, m, d, l->epsilon, dtype, x); /* by every thread for itself: cheaper than to wait */
+    const void *x = normed(l, p, l->norm, few, shared);
     share(q_out, &first, &last);
     linear(&l->q, x, m, dtype, first, last, qkv, wide, 0);
     share(kv_out, &first, &last);
@@ -428,7 +458,7 @@ void layer(const Layer *l, const Pass *p) {
     linear(&l->o, seen, m, dtype, first, last, p->hidden, d, 1);
 #pragma omp barrier
     if (l->cross_q.weight) {
-      rms_norm(p->hidden, l->cross_norm, m, d, l->epsilon, dtype, x);
+      x = normed(l, p, l->cross_norm, few, shared);
       share(q_out, &first, &last);
       linear(&l->cross_q, x, m, dtype, first, last, qkv, wide, 0);
 #pragma omp barrier
@@ -442,7 +472,7 @@ void layer(const Layer *l, const Pass *p) {
       linear(&l->cross_o, seen, m, dtype, first, last, p->hidden, d, 1);
 #pragma omp barrier
     }
-    rms_norm(p->hidden, l->mlp_norm, m, d, l->epsilon, dtype, x);
+    x = normed(l, p, l->mlp_norm, few, shared);
     share(inner, &first, &last);
     linear(&l->gate, x, m, dtype, first, last, gate, inner, 0);
     if (l->up.weight) linear(&l->up, x, m, dtype, first, last, up, inner, 0);

@@ -113,25 +113,82 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-class Stack:
-    """The layers of one model as C sees them, and passes through them.
+class Parts:
+    """Hands weights over to C, where they are what C takes them for, and remembers them.
 
-    Args:
-        layers: structures; pointers in them stay valid as long as the model's weights stay where they are.
-        d: width of the residual stream.
-        weight: one of the model's, to see whether it is still there.
+    Raises, from all its methods: UnsupportedModel for anything but plain parameters of one dtype in the CPU's memory.
     """
 
-    def __init__(self, layers: list[_Layer], d: int, weight: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.dtype = model.dtype
+        if model.device.type != "cpu" or self.dtype not in DTYPES:
+            name = str(self.dtype).removeprefix("torch.")
+            raise UnsupportedModel(
+                f"native layers are for the CPU, in float32 or bfloat16, and the model is on {model.device} in {name}"
+            )
+        self.held: list[Tensor] = []  # the same memory: C's addresses stay good, whatever happens to the model
+        self.norms: list[tuple[Any, int]] = []  # and where they were
+
+    def linear(self, layer: Any) -> _Linear:
+        """A linear layer as it is, or its int8 copy where there is one."""
+        weight = self._plain(layer, layer.weight, nn.Linear)
+        step = LANES if self.dtype == torch.float32 else 2 * LANES
+        if weight.shape[1] % step:
+            raise UnsupportedModel(f"weights {weight.shape[1]} wide are no multiple of {step}")
+        bias = None if layer.bias is None else self._plain(layer, layer.bias, nn.Linear).data_ptr()
+        copy: Quantized | None = getattr(layer, "baton_int8", None)
+        if copy is not None:
+            self.held += [copy.weight, copy.scales]
+            return _Linear(copy.weight.data_ptr(), bias, copy.scales.data_ptr(), *weight.shape)
+        return _Linear(weight.data_ptr(), bias, None, *weight.shape)
+
+    def norm(self, norm: Any) -> int:
+        address = self._plain(norm, norm.weight, type(norm)).data_ptr()
+        self.norms.append((norm, address))
+        return address
+
+    def width(self, width: int) -> int:
+        """Of a head."""
+        if width % LANES:
+            raise UnsupportedModel(f"heads {width} wide are no multiple of {LANES}")
+        return width
+
+    def activation(self, function: Any) -> int:
+        name = type(function).__name__
+        if name not in ACTIVATIONS:
+            raise UnsupportedModel(f"native layers do not know the activation {name}")
+        return ACTIVATIONS[name]
+
+    def _plain(self, module: Any, weight: Any, kind: type) -> Tensor:
+        if type(module) is not kind or type(weight) is not nn.Parameter:
+            raise UnsupportedModel(f"it holds layers of another kind: {type(module).__name__}")
+        if weight.dtype != self.dtype or weight.device.type != "cpu" or not weight.is_contiguous():
+            raise UnsupportedModel(
+                f"weights of {type(module).__name__} are not all in {self.dtype}, on the CPU, in one piece"
+            )
+        self.held.append(weight.detach())
+        return weight
+
+
+class Stack:
+    """The layers of one model as C sees them, and passes through them; for one thread at a time.
+
+    Args:
+        layers: structures whose pointers lead to what `parts` holds.
+        d: width of the residual stream.
+    """
+
+    def __init__(self, layers: list[_Layer], d: int, parts: Parts) -> None:
         self.layers, self.d = layers, d
-        self.weight, self.address = weight, weight.data_ptr()
+        self.held = parts.held
+        self.norms = parts.norms  # watched: they move when all moves, and are few
         self.bias: Tensor | None = None  # what the layers' pointers lead to
         self.scratch = torch.empty(0, dtype=torch.uint8)
 
     @property
     def valid(self) -> bool:
         """Whether the weights are still where they were."""
-        return self.weight.data_ptr() == self.address
+        return all(norm.weight.data_ptr() == address for norm, address in self.norms)
 
     def set_bias(self, table: Tensor, offset: int) -> None:
         """What all layers add to scores: [heads, n], by distance from -offset on."""
@@ -172,6 +229,8 @@ class Stack:
         if not layers:
             return found
         b, n, _ = hidden.shape
+        if b != len(starts):
+            raise ValueError(f"{b} rows of tokens for {len(starts)} rows of memory")
         threads = torch.get_num_threads()
         slots = max(lengths if lengths is not None else [start + n for start in starts])
         slots = max(slots, max(cross.lengths) if cross is not None else 0)
@@ -228,19 +287,27 @@ def normed(hidden: Tensor, norm: Any) -> Tensor:
     return out
 
 
-def apply(linear: _Linear, x: Tensor) -> Tensor:
-    """[..., in] in the weights' dtype to float32 [..., out]."""
-    x = x.contiguous()
+def apply(linear: _Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., in] through a map whose weights are of a dtype, to float32 [..., out]."""
+    if x.shape[-1] != linear.inner:
+        raise ValueError(f"{x.shape[-1]} numbers for a map of {linear.inner}")
+    x = x.to(dtype).contiguous()
     out = torch.empty((*x.shape[:-1], linear.out), dtype=torch.float32)
     rows = x.numel() // linear.inner
-    kernels().map(byref(linear), x.data_ptr(), rows, DTYPES[x.dtype], torch.get_num_threads(), out.data_ptr())
+    kernels().map(byref(linear), x.data_ptr(), rows, DTYPES[dtype], torch.get_num_threads(), out.data_ptr())
     return out
 
 
+def _writable(states: Tensor) -> Tensor:
+    """A float32 copy, in one piece: layers work in place."""
+    return states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
 class Native(Target):
-    """A target whose layers are native. Stock layers hold the weights, and are not called."""
+    """A target whose layers are native. Stock layers hold the weights, and are not called. Logits are float32."""
 
     stack: Stack
+    output: _Linear  # the head
     like: Tensor  # of the heads, width and dtype of keys and values
     norm: Any  # the last one
     kept: dict[int, Tensor] | None = None  # what `capture` wants: layer -> its latest output
@@ -256,7 +323,7 @@ class Native(Target):
         positions: Tensor | None,
         tree: Tensor | None,
     ) -> Tensor:
-        states = self.embed(ids).float() if hidden is None else hidden.float().clone()
+        states = _writable(self.embed(ids) if hidden is None else hidden)
         self.through(states, memory, positions, tree, range(low, high))
         return states
 
@@ -269,10 +336,13 @@ class Native(Target):
         self, states: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None, layers: range
     ) -> None:
         """Send float32 [b, n, d] through some layers, in place."""
-        at = next_positions(memory.own, self.device) if positions is None else positions
+        own, reach = memory.own, memory.own.width
+        if positions is None:
+            at = next_positions(own, self.device)
+        else:
+            at, reach = positions, max(reach, int(positions.max()) + 1)
         if self.context is not None:  # padding beside a longer draft may lie past a position table
             at = at.clamp(max=self.context - 1)
-        own = memory.own
         found = self.stack.run(
             states,
             own.starts,
@@ -281,13 +351,13 @@ class Native(Target):
             tree=tree,
             layers=layers,
             keep=self.wanted,
-            **self.surroundings(memory),
+            **self.surroundings(memory, reach),
         )
         if self.kept is not None:
             self.kept.update(found)
 
-    def surroundings(self, memory: Memory) -> dict[str, Any]:
-        """What the family's layers need besides: angles, or what cross-attention reads."""
+    def surroundings(self, memory: Memory, reach: int) -> dict[str, Any]:
+        """What the family's layers need besides, for positions below `reach`: angles, or what cross-attention reads."""
         raise NotImplementedError
 
     @contextmanager
@@ -306,7 +376,7 @@ class Native(Target):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Float32, whatever the model's dtype: nothing is rounded after the last sum."""
-        return apply(_linear(self.lm_head), hidden.to(self.dtype))
+        return apply(self.output, hidden, self.dtype)
 
 
 class NativeRotary(Native, DecoderOnly):
@@ -315,31 +385,36 @@ class NativeRotary(Native, DecoderOnly):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.angles: tuple[Tensor, Tensor] | None = None  # of all positions so far
-        first = self.layers[0].self_attn
+        first, parts = self.layers[0].self_attn, Parts(model)
         self.like = torch.empty((1, first.k_proj.out_features // first.head_dim, 1, first.head_dim), dtype=self.dtype)
         self.norm = self.decoder.norm
-        self.stack = Stack([self._layer(layer) for layer in self.layers], model.config.hidden_size, self.norm.weight)
+        parts.norm(self.norm)
+        self.output = parts.linear(self.lm_head)
+        layers = [self._layer(layer, parts) for layer in self.layers]
+        self.stack = Stack(layers, model.config.hidden_size, parts)
+        if 2 * self._angles(1)[0].shape[1] != first.head_dim:
+            raise UnsupportedModel("native layers turn whole heads by their positions, and this model a part of each")
 
-    def _layer(self, layer: Any) -> _Layer:
+    def _layer(self, layer: Any, parts: Parts) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         config: Any = self.model.config
         slides = not self.layer_kinds or config.layer_types[attention.layer_idx] == "sliding_attention"
         made = _Layer(
-            **{name: _linear(getattr(attention, f"{name}_proj")) for name in "qkvo"},
-            **{name: _linear(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")},
-            norm=layer.input_layernorm.weight.data_ptr(),
-            mlp_norm=layer.post_attention_layernorm.weight.data_ptr(),
+            **{name: parts.linear(getattr(attention, f"{name}_proj")) for name in "qkvo"},
+            **{name: parts.linear(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")},
+            norm=parts.norm(layer.input_layernorm),
+            mlp_norm=parts.norm(layer.post_attention_layernorm),
             heads=attention.q_proj.out_features // attention.head_dim,
             kv_heads=attention.k_proj.out_features // attention.head_dim,
-            width=attention.head_dim,
+            width=parts.width(attention.head_dim),
             window=self.window if self.window is not None and slides else 0,
             epsilon=layer.input_layernorm.variance_epsilon,
             scale=attention.scaling,
             dtype=DTYPES[self.dtype],
-            activation=ACTIVATIONS[type(mlp.act_fn).__name__],
+            activation=parts.activation(mlp.act_fn),
         )
         if hasattr(attention, "q_norm"):
-            made.q_norm, made.k_norm = attention.q_norm.weight.data_ptr(), attention.k_norm.weight.data_ptr()
+            made.q_norm, made.k_norm = parts.norm(attention.q_norm), parts.norm(attention.k_norm)
         return made
 
     @torch.inference_mode()
@@ -349,27 +424,33 @@ class NativeRotary(Native, DecoderOnly):
         states = inputs.embeds if inputs.ids is None else self.embed(inputs.ids)
         assert states is not None
         lengths = inputs.mask.sum(1)
-        last = torch.empty((rows, self.stack.d))
+        last = torch.zeros((rows, self.stack.d))
         step = max(1, TOKENS_AT_ONCE // rows)
+        seen: dict[int, list[Tensor]] = {layer: [] for layer in self.wanted}
         for start in range(0, width, step):
-            part = states[:, start : start + step].float().contiguous()
-            if inputs.embeds is not None:
-                part = part.clone()  # layers work in place
+            part = _writable(states[:, start : start + step])
             memory.own.append(part.shape[1])
             self.through(part, memory, None, None, range(len(self.layers)))
+            for layer, parts in seen.items():
+                parts.append(self.kept[layer] if self.kept is not None else part)
             here = (lengths > start) & (lengths <= start + part.shape[1])
             last[here] = part[here, lengths[here] - 1 - start]
+        if self.kept is not None:
+            self.kept.update({layer: torch.cat(parts, 1) for layer, parts in seen.items()})
         memory.truncate(lengths.tolist())
         return self.unembed(normed(last, self.norm)), memory
 
-    def surroundings(self, memory: Memory) -> dict[str, Any]:
-        width = memory.own.width
-        if self.angles is None or len(self.angles[0]) < width:
-            positions = torch.arange(max(1024, 2 * width), device=self.device)[None]
-            both = self.decoder.rotary_emb(torch.empty(0, dtype=torch.float32), positions)
-            cos, sin = (angle[0, :, : angle.shape[-1] // 2].contiguous() for angle in both)
-            self.angles = cos, sin
+    def surroundings(self, memory: Memory, reach: int) -> dict[str, Any]:
+        if self.angles is None or len(self.angles[0]) < reach:
+            self.angles = self._angles(max(1024, 2 * reach))
         return {"angles": self.angles}
+
+    def _angles(self, count: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, float32 [count, half of a head]; the halves are turned alike."""
+        positions = torch.arange(count, device=self.device)[None]
+        both = self.decoder.rotary_emb(torch.empty(0, dtype=torch.float32), positions)
+        cos, sin = (angle[0, :, : angle.shape[-1] // 2].contiguous() for angle in both)
+        return cos, sin
 
 
 class NativeT5(Native, T5):
@@ -377,10 +458,15 @@ class NativeT5(Native, T5):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        first = self.layers[0].layer[0].SelfAttention
+        first, parts = self.layers[0].layer[0].SelfAttention, Parts(model)
         self.like = torch.empty((1, first.n_heads, 1, first.key_value_proj_dim), dtype=self.dtype)
         self.norm = self.decoder.final_layer_norm
-        self.stack = Stack([_t5_layer(block) for block in self.layers], model.config.d_model, self.norm.weight)
+        parts.norm(self.norm)
+        self.output = parts.linear(self.lm_head)
+        layers = [_t5_layer(block, parts) for block in self.layers]
+        reading = [block.layer[1].EncDecAttention for block in self.layers]
+        self.reading = [(parts.linear(attention.k), parts.linear(attention.v)) for attention in reading]
+        self.stack = Stack(layers, model.config.d_model, parts)
         self.stack.set_bias(self.bias_by_distance.T, 0)
         self.reader = T5Reader(self.encoder)
 
@@ -394,21 +480,20 @@ class NativeT5(Native, T5):
     def unembed(self, hidden: Tensor) -> Tensor:
         return Native.unembed(self, hidden if self.scale is None else hidden * self.scale)
 
-    def surroundings(self, memory: Memory) -> dict[str, Any]:
-        if memory.own.width > len(self.bias_by_distance):
-            self.bias_by_distance = self._biases(2 * memory.own.width)
+    def surroundings(self, memory: Memory, reach: int) -> dict[str, Any]:
+        if reach > len(self.bias_by_distance):
+            self.bias_by_distance = self._biases(2 * reach)
             self.stack.set_bias(self.bias_by_distance.T, 0)
         cross = memory.cross
         assert cross is not None
         if not cross.layers[0].is_initialized:
             b, m, _ = cross.states.shape
-            for index, block in enumerate(self.layers):
-                reading = block.layer[1].EncDecAttention
+            for index, maps in enumerate(self.reading):
                 k, v = (
-                    apply(_linear(part), cross.states).to(self.dtype).view(b, m, reading.n_heads, -1).transpose(1, 2)
-                    for part in (reading.k, reading.v)
+                    apply(part, cross.states, self.dtype).to(self.dtype).view(b, m, self.like.shape[1], -1)
+                    for part in maps
                 )
-                cross.update(k.contiguous(), v.contiguous(), index)
+                cross.update(k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), index)
         return {"cross": cross}
 
 
@@ -417,62 +502,75 @@ class T5Reader:
 
     Args:
         encoder: the stock one, `T5Stack`, or a model that is an encoder alone.
+    Raises: UnsupportedModel where C cannot take its weights.
     """
 
     def __init__(self, encoder: Any) -> None:
         stack = getattr(encoder, "encoder", encoder)
-        self.norm, self.blocks = stack.final_layer_norm, stack.block
-        self.stack = Stack([_t5_layer(block) for block in self.blocks], stack.config.d_model, self.norm.weight)
+        self.norm, self.blocks, parts = stack.final_layer_norm, stack.block, Parts(encoder)
+        parts.norm(self.norm)
+        self.stack = Stack([_t5_layer(block, parts) for block in self.blocks], stack.config.d_model, parts)
         self.reach = 0  # positions that the bias is known for
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """Embeddings [b, m, d], right-padded, and their mask [b, m] to the encoder's states [b, m, d]."""
+        m = embeds.shape[1]
+        if self.blocks and m > self.reach:
+            self._set_bias(max(64, 2 * m))
+        rows = max(1, TOKENS_AT_ONCE // m)
+        parts = zip(embeds.split(rows), mask.split(rows), strict=True)
+        return torch.cat([self._read(some, theirs) for some, theirs in parts])
+
+    def _read(self, embeds: Tensor, mask: Tensor) -> Tensor:
         b, m, _ = embeds.shape
-        states = embeds.float().clone()
+        states = _writable(embeds)
         if self.blocks:
             attention = self.blocks[0].layer[0].SelfAttention
-            if m > self.reach:
-                self.reach = max(64, 2 * m)
-                # [heads, n, n]: the last query's row has the distances from 0 up, the first's those below.
-                table = attention.compute_bias(self.reach, self.reach)[0].detach()
-                self.stack.set_bias(torch.cat([table[:, 0].flip(1), table[:, -1].flip(1)[:, 1:]], 1), self.reach - 1)
-            heads, width = attention.n_heads, attention.key_value_proj_dim
-            both = torch.empty((2, b, heads, m, width), dtype=embeds.dtype)
+            shape = (2, b, attention.n_heads, m, attention.key_value_proj_dim)
+            keys, values = torch.zeros(shape, dtype=self.norm.weight.dtype)
             self.stack.run(
-                states,
-                [0] * b,
-                torch.arange(m)[None],
-                lambda index: (both[0], both[1]),
-                lengths=mask.sum(1).tolist(),
+                states, [0] * b, torch.arange(m)[None], lambda index: (keys, values), lengths=mask.sum(1).tolist()
             )
         return normed(states, self.norm)
 
+    def _set_bias(self, reach: int) -> None:
+        attention = self.blocks[0].layer[0].SelfAttention
+        ahead = torch.arange(reach - 1, -reach, -1)  # where the key is, seen from the query; the table goes back
+        buckets = attention._relative_position_bucket(
+            ahead,
+            bidirectional=True,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        self.stack.set_bias(attention.relative_attention_bias(buckets).detach().T, reach - 1)
+        self.reach = reach
 
-def _t5_layer(block: Any) -> _Layer:
+
+def _t5_layer(block: Any, parts: Parts) -> _Layer:
     first, last = block.layer[0], block.layer[-1]
     attention, mlp = first.SelfAttention, last.DenseReluDense
     gated = hasattr(mlp, "wi_0")
     made = _Layer(
-        **{name: _linear(getattr(attention, name)) for name in "qkvo"},
-        gate=_linear(mlp.wi_0 if gated else mlp.wi),
-        down=_linear(mlp.wo),
-        norm=first.layer_norm.weight.data_ptr(),
-        mlp_norm=last.layer_norm.weight.data_ptr(),
+        **{name: parts.linear(getattr(attention, name)) for name in "qkvo"},
+        gate=parts.linear(mlp.wi_0 if gated else mlp.wi),
+        down=parts.linear(mlp.wo),
+        norm=parts.norm(first.layer_norm),
+        mlp_norm=parts.norm(last.layer_norm),
         heads=attention.n_heads,
         kv_heads=attention.n_heads,
-        width=attention.key_value_proj_dim,
+        width=parts.width(attention.key_value_proj_dim),
         epsilon=first.layer_norm.variance_epsilon,
         scale=1.0,
-        dtype=DTYPES[mlp.wo.weight.dtype],
-        activation=ACTIVATIONS[type(mlp.act).__name__],
+        dtype=DTYPES[parts.dtype],
+        activation=parts.activation(mlp.act),
     )
     if gated:
-        made.up = _linear(mlp.wi_1)
+        made.up = parts.linear(mlp.wi_1)
     if len(block.layer) == 3:
         cross = block.layer[1]
-        made.cross_q, made.cross_o = _linear(cross.EncDecAttention.q), _linear(cross.EncDecAttention.o)
-        made.cross_norm = cross.layer_norm.weight.data_ptr()
+        made.cross_q, made.cross_o = parts.linear(cross.EncDecAttention.q), parts.linear(cross.EncDecAttention.o)
+        made.cross_norm = parts.norm(cross.layer_norm)
     return made
 
 
@@ -518,64 +616,36 @@ def make_native(model: PreTrainedModel) -> str:
 
     Returns: why it cannot; empty when it can.
     """
-    reason = _why_not(model)
-    if not reason:
-        try:
-            kernels()
-        except (OSError, subprocess.SubprocessError) as error:
-            detail = getattr(error, "stderr", None)
-            reason = f"the C kernels cannot be compiled: {detail.decode(errors='replace') if detail else error}"
-    if not reason:
-        for module in model.modules():
-            vars(module).pop("baton_int8", None)  # of an earlier choice
-        model.baton_runtime = Runtime("native", TARGETS[model.config.model_type], (model.device, model.dtype))
-    return reason
-
-
-def make_reader(model: PreTrainedModel) -> "T5Reader | None":
-    """The encoder of a model that reads for others, native; None where that cannot be."""
-    if model.config.model_type not in ("t5", "mt5") or _why_not(model):
-        return None
-    try:
-        kernels()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return T5Reader(model)
-
-
-def _why_not(model: PreTrainedModel) -> str:
-    """What stands in the way inside the model itself."""
     family = model.config.model_type
     if family not in TARGETS:
         return f"there are no native layers for {family} (for {', '.join(TARGETS)})"
-    if model.device.type != "cpu" or model.dtype not in DTYPES:
-        dtype = str(model.dtype).removeprefix("torch.")
-        return f"native layers are for the CPU, in float32 or bfloat16, and the model is on {model.device} in {dtype}"
-    if {p.dtype for p in model.parameters()} != {model.dtype}:
-        return "its weights are of several dtypes"
-    step = LANES if model.dtype == torch.float32 else 2 * LANES
-    for name, module in model.named_modules():
-        if "weight" in dict(module.named_parameters(recurse=False)):
-            weight: Any = module.weight
-            plain = type(module) is nn.Linear or weight.dim() == 1 or isinstance(module, nn.Embedding)
-            if not plain or not weight.is_contiguous():
-                return f"it holds layers of another kind: {type(module).__name__}"
-            if type(module) is nn.Linear and weight.shape[1] % step:
-                return f"its weights are {weight.shape[1]} wide, no multiple of {step}"
-        if name.rpartition(".")[2] in ("act", "act_fn") and type(module).__name__ not in ACTIVATIONS:
-            return f"its activation is {type(module).__name__}"
-    config = model.config
-    width = getattr(config, "d_kv", None) or getattr(config, "head_dim", None)
-    width = width or config.hidden_size // config.num_attention_heads
-    if width % LANES:
-        return f"its heads are {width} wide, no multiple of {LANES}"
+    parts: list[Any] = list(model.modules())
+    for part in parts:
+        vars(part).pop("baton_int8", None)  # of an earlier choice
+    try:
+        kernels()
+        TARGETS[family](model)
+    except (UnsupportedModel, OSError, subprocess.SubprocessError, AttributeError) as error:
+        return _reason(error)
+    model.baton_runtime = Runtime("native", TARGETS[family], (model.device, model.dtype))
     return ""
 
 
-def _linear(layer: Any) -> _Linear:
-    """A linear layer as it is, or its int8 copy where there is one."""
-    bias = None if layer.bias is None else layer.bias.data_ptr()
-    copy: Quantized | None = getattr(layer, "baton_int8", None)
-    if copy is not None:
-        return _Linear(copy.weight.data_ptr(), bias, copy.scales.data_ptr(), *layer.weight.shape)
-    return _Linear(layer.weight.data_ptr(), bias, None, *layer.weight.shape)
+def make_reader(model: PreTrainedModel) -> T5Reader | None:
+    """The encoder of a model that reads for others, native; None where that cannot be."""
+    if model.config.model_type not in ("t5", "mt5"):
+        return None
+    try:
+        kernels()
+        return T5Reader(model)
+    except (UnsupportedModel, OSError, subprocess.SubprocessError, AttributeError):
+        return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnsupportedModel):
+        return str(error)
+    if isinstance(error, AttributeError):  # a model that lost or changed parts: packed, wrapped, cut
+        return f"it is not built as its family is: {error}"
+    detail = getattr(error, "stderr", None)
+    return f"the C kernels cannot be compiled: {detail.decode(errors='replace') if detail else error}"

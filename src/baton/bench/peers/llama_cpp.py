@@ -117,6 +117,10 @@ def write_gguf(model: PreTrainedModel, path: Path, tokenizer: Any = None, *, q8:
         q8: matrices in Q8_0.
     """
     config: Any = model.config
+    if config.rope_parameters.get("rope_type", "default") != "default" or getattr(config, "sliding_window", None):
+        raise Absent("left out: positions that are scaled, and sliding windows, are not written to GGUF here")
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        raise Absent("left out: biases are not written to GGUF here")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     out = gguf.GGUFWriter(path, "llama")

@@ -1,10 +1,12 @@
 """The benchmark counts what was written, says the same words as others do, and compares before it ranks."""
 
 import gzip
+import importlib.util
 import json
 import math
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -680,15 +682,24 @@ def test_a_hand_off_is_timed_at_the_sizes_of_shapes(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("name", "module"), [("llama.cpp", "llama_cpp"), ("openvino", "openvino_genai")])
-def test_other_engines_write_what_plain_decoding_writes(name: str, module: str) -> None:
-    """The same weights, ids in and ids out; drafts of theirs included. A trained model: the best token is clear."""
-    pytest.importorskip(module, reason=f"{name} is not installed")
-    writer = load(Path(__file__).parents[1] / "models" / "pycode-target", dtype="float32")
-    prompts = ["def read(path):\n    with open(path) as f:\n", "class Queue(object):\n    def __init__(self"]
-    expected = [output.token_ids for output in generate(writer, prompts, max_new_tokens=24)]
-    peers = make_peers(name, writer, max_new_tokens=24, assistant=None)
+def test_other_engines_write_what_plain_decoding_writes(name: str, module: str, tmp_path: Path) -> None:
+    """The same weights, drafts of theirs included; a trained model, whose best token is clear. In a process of their own:
+    some of their libraries do not get along with those of training."""
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{name} is not installed: it needs the extra `peers`")
+    lines = ["def read(path):\n    with open(path) as f:\n", "class Queue(object):\n    def __init__(self"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines), encoding="utf-8")
+    model = Path(__file__).parents[1] / "models" / "pycode-target"
+    words = f"bench decode {model} --data {prompts} --dtype float32 --max-new-tokens 24 --batch-size 1 --peer {name}"
+    done = subprocess.run(
+        [sys.executable, "-m", "baton.cli", *words.split(), "--method", "prompt-lookup", "--json", "-"],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    peers = [s for s in json.loads(done.stdout)["summaries"] if s["family"] == "peer"]
     assert len(peers) == 2
-    for peer in peers:
-        outputs = peer.write(prompts, 0)
-        assert [output.token_ids for output in outputs] == expected
-        assert [output.finish_reason for output in outputs] == ["length", "length"]
+    for summary in peers:
+        assert summary["contender"].startswith(name)
+        assert (summary["requests"], summary["failed"], summary["different"], summary["tokens"]) == (2, 0, 0, 48)

@@ -683,8 +683,10 @@ def test_a_hand_off_is_timed_at_the_sizes_of_shapes(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("name", "module"), [("llama.cpp", "llama_cpp"), ("openvino", "openvino_genai")])
 def test_other_engines_write_what_plain_decoding_writes(name: str, module: str, tmp_path: Path) -> None:
-    """The same weights, drafts of theirs included; a trained model, whose best token is clear. In a process of their own:
-    some of their libraries do not get along with those of training."""
+    """The same weights, drafts of theirs included; a trained model, whose best token is clear.
+
+    In a process of its own: some of their libraries do not get along with those of training.
+    """
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{name} is not installed: it needs the extra `peers`")
     lines = ["def read(path):\n    with open(path) as f:\n", "class Queue(object):\n    def __init__(self"]

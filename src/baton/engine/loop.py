@@ -28,6 +28,8 @@ from baton.models.writer import Writer
 from baton.types import TARGET, Rule, Sampling, Step, Timings
 from baton.verify import Verdict
 
+SMALL = 2**26  # bytes of keys and values that any machine has
+
 
 @dataclass(frozen=True)
 class Token:
@@ -97,6 +99,7 @@ class Engine:
 
             drafter = make(drafter)
         self.drafter = drafter or Drafter()
+        self._slot_bytes = slot_bytes(self.target.model)
         self.max_rows, self.patience = max_rows, min(patience, max_rows)
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []  # being written, in the order of the memory's rows
@@ -276,8 +279,11 @@ class Engine:
 
     def _check_memory(self, requests: Sequence[Request]) -> None:
         rows = min(self.max_rows, len(requests))
+        each = self._slot_bytes
         slots = max((r.limit + (len(r.prompt_ids) if self.target.reads_prompt else 1) for r in requests), default=0)
-        each, free = slot_bytes(self.target.model), free_bytes(self.target.device)
+        if rows * slots * each <= SMALL:  # asking the system takes as long as a small model's step
+            return
+        free = free_bytes(self.target.device)
         memory = self.memory  # another thread may be in the middle of a step
         if memory is not None:
             free += each * sum(memory.lengths)

@@ -26,6 +26,7 @@ from baton.handoff.config import HandoffConfig, HandoffOptions, Signal
 from baton.handoff.inject import INJECT, prefix
 from baton.handoff.project import Projector
 from baton.handoff.read import LayerMix, PromptEncoder, check_same, fingerprint
+from baton.models.adapter import runtime_of
 from baton.models.loading import (
     HANDOFF_TYPE,
     first_line,
@@ -38,6 +39,7 @@ from baton.models.prompts import prompt_limit, same_tokenizer
 from baton.models.text import IGNORE, embed_tokens, pack, response_logits
 from baton.models.writer import PromptInputs
 from baton.runtime import prepare
+from baton.runtime.native import Projection, make_projection
 from baton.types import RuntimeName, Timings
 
 WEIGHTS = "handoff.safetensors"  # everything trained but a fully trained SLM, which has its own folder
@@ -96,6 +98,7 @@ class HandoffModel(PreTrainedModel):
             self.soft_prompt = nn.Embedding.from_pretrained(embed_tokens(slm, drawn).detach().clone(), freeze=False)
         self.prompt_tokenizer, self.response_tokenizer = prompt_tokenizer, response_tokenizer
         self._encoder = encoder
+        self._projection: Projection | None = None
         _set_trainable(self, options)
         self.post_init()
 
@@ -157,7 +160,10 @@ class HandoffModel(PreTrainedModel):
     def project(self, states: Tensor) -> Tensor:
         """H to Z [b, m, d_s]."""
         states = states.to(self.projector.first.weight.dtype)
-        return self.projector(self.mix(states) if self.mix is not None else states)
+        states = self.mix(states) if self.mix is not None else states
+        if self._projection is not None and self._projection.valid and not torch.is_grad_enabled():
+            return self._projection(states)
+        return self.projector(states)
 
     def prompt_embeddings(self, ids: Tensor) -> Tensor:
         """The SLM's side of the fusion, E [b, m, d_s]: its own embeddings, or mapped ones of the LLM's tokens."""
@@ -417,6 +423,8 @@ class HandoffModel(PreTrainedModel):
         stored = next(iter(weights.values())).dtype
         model = model.to(where, stored if torch_dtype == "auto" else torch_dtype).eval()
         prepare(model.slm, runtime)
+        if runtime_of(model.slm).name in ("native", "int8"):
+            model._projection = make_projection(model.projector.first, model.projector.last)
         if reader is not None:
             reader.prepare(runtime)
         return model

@@ -272,6 +272,7 @@ def test_rows_that_do_not_fit_are_refused_before_they_are_allocated(monkeypatch:
     """With what would fit; the model's own positions bound what is asked for."""
     writer = tiny.language_model("llama")
     each = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
+    monkeypatch.setattr("baton.engine.loop.SMALL", 0)
     monkeypatch.setattr("baton.engine.loop.free_bytes", lambda device: 300 * each)
     longest = max(len(ids) for ids in writer.tokenizer(PROMPTS)["input_ids"]) + 60
     generate(writer, PROMPTS[:1], max_new_tokens=60)

@@ -162,14 +162,21 @@ class Quiet:
 
     def __init__(self, known: Iterable[float] = ()) -> None:
         self.usual = min([seconds for seconds in known if seconds] + [probe_s() for _ in range(10)])
+        self.in_vain = 0  # waits in a row
 
     def wait(self) -> float:
-        """Wait until the machine is quiet, or for `PATIENCE` seconds; returns the probe's last duration."""
-        for turn in range(PATIENCE):
+        """Wait until the machine is quiet, or for `PATIENCE` seconds, unless that was in vain lately.
+
+        Returns: the probe's last duration.
+        """
+        patience = PATIENCE if self.in_vain < 2 else 1  # threads of another engine may be what keeps it busy
+        for turn in range(patience):
             probe = probe_s()
             self.usual = min(self.usual, probe)
             if probe <= BUSY * self.usual:
-                break
-            if turn < PATIENCE - 1:
+                self.in_vain = 0
+                return probe
+            if turn < patience - 1:
                 time.sleep(1)
+        self.in_vain += 1
         return probe

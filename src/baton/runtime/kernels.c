@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <omp.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -64,8 +64,13 @@ INLINE vf load_f32(const float *p) { return *(const vf_any *)p; }
 INLINE void store_f32(float *p, vf v) { *(vf_any *)p = v; }
 INLINE vf load_bf16(const bf16 *p) { return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16); }
 INLINE vf load(const void *p, int64_t i, int dtype) {
-  if (dtype == INT8) /* by way of int32: in one go compilers take the numbers one by one */
+  if (dtype == INT8) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const int8_t *)p + i))));
+#else
     return __builtin_convertvector(__builtin_convertvector(*(const vb_any *)((const int8_t *)p + i), vi), vf);
+#endif
+  }
   return dtype == BF16 ? load_bf16((const bf16 *)p + i) : load_f32((const float *)p + i);
 }
 INLINE float load_one(const void *p, int64_t i, int dtype) {

@@ -48,7 +48,7 @@ def free_bytes(device: torch.device) -> int:
 def bandwidth_gb_s(size_mb: int = 256) -> float:
     """Bytes that all threads together read from the CPU's memory, GB/s: the floor under a decode step."""
     data = torch.ones(size_mb * 2**18)
-    best = min(_seconds(data.sum) for _ in range(4))
+    best = min(seconds_of(data.sum) for _ in range(4))
     return round(data.nbytes / best / 1e9, 1)
 
 
@@ -58,7 +58,7 @@ def probe_s() -> float:
     On a busy machine it takes many times as long: threads wait for each other at the end of every product.
     """
     square = torch.ones(192, 192)
-    return min(_seconds(lambda: [square @ square for _ in range(8)]) for _ in range(2))
+    return min(seconds_of(lambda: [square @ square for _ in range(8)]) for _ in range(2))
 
 
 def revision(folder: Path = Path(__file__).parent) -> str | None:
@@ -76,7 +76,10 @@ def revision(folder: Path = Path(__file__).parent) -> str | None:
     return found.stdout.strip() or None
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def seconds_of(work: Callable[[], Any]) -> float:
+    """How long a piece of work takes, on a GPU until it is done there."""
     started = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started

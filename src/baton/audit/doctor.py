@@ -101,7 +101,7 @@ def _dtype(writer: Writer) -> Iterator[Finding]:
 
 def _tokenizer(writer: Writer, target: Target) -> Iterator[Finding]:
     tokenizer = writer.response_tokenizer
-    rows, known = target.lm_head.weight.shape[0], len(tokenizer)
+    rows, known = target.lm_head.out_features, len(tokenizer)
     if known > rows:
         yield Finding(
             "error",

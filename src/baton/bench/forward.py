@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from baton.bench.peers.table import Absent
 from baton.bench.shapes import PASS_PEERS, SHAPES
 from baton.errors import BatonError, MemoryShort, UnknownOption, nearest
-from baton.machine import bandwidth_gb_s, free_bytes, machine, probe_s, revision, versions
+from baton.machine import bandwidth_gb_s, free_bytes, machine, probe_s, revision, seconds_of, versions
 from baton.models.adapter import runtime_of, target_for
 from baton.models.writer import PromptInputs
 from baton.runtime import prepare
@@ -124,10 +124,10 @@ def bench_forward(
                 for engine in engines if repeat % 2 else engines[::-1]:
                     time.sleep(SETTLE_S)
                     if what == "prompt":
-                        seconds[engine.name].append(_timed(lambda: engine.begin(prompt)))  # noqa: B023 (called at once)
+                        seconds[engine.name].append(seconds_of(lambda: engine.begin(prompt)))  # noqa: B023 (called at once)
                     else:
                         engine.look(ids)  # as in decoding, where a pass follows a pass
-                        seconds[engine.name].append(_timed(lambda: engine.look(ids)))  # noqa: B023
+                        seconds[engine.name].append(seconds_of(lambda: engine.look(ids)))  # noqa: B023
             for name, values in seconds.items():
                 low, median, high = statistics.quantiles(values, n=4)
                 costs.append(Cost(name, what, context, count, median, low, high, round(read[name] / median / 1e9, 1)))
@@ -261,11 +261,3 @@ def random_model(
     model: PreTrainedModel = auto.from_config(config, dtype=dtype).to(device).eval()
     prepare(model, runtime)
     return model
-
-
-def _timed(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started

@@ -172,18 +172,14 @@ def forward(
     """
     machine.prepare()
     from baton.bench.forward import bench_forward
-    from baton.models.loading import resolve_device, resolve_dtype
 
-    dtype: Any = resolve_dtype("bfloat16" if machine.dtype == "auto" else machine.dtype)
     with measuring() as progress:
         report = bench_forward(
             shape,
             rows=rows,
             contexts=context,
             peers=[name for name in peer if name != "none"],
-            dtype=dtype,
-            device=resolve_device(machine.device),
-            runtime=machine.runtime,
+            **_unstored(machine),
             repeats=repeats,
             command=shlex.join(["baton", *sys.argv[1:]]),
             progress=progress,
@@ -212,18 +208,14 @@ def handoff_speed(
     """
     machine.prepare()
     from baton.bench.handoff import bench_handoff
-    from baton.models.loading import resolve_device, resolve_dtype
 
-    dtype: Any = resolve_dtype("bfloat16" if machine.dtype == "auto" else machine.dtype)
     with measuring() as progress:
         report = bench_handoff(
             llm,
             slm,
             prompt_tokens=prompt_tokens,
             lengths=tokens,
-            dtype=dtype,
-            device=resolve_device(machine.device),
-            runtime=machine.runtime,
+            **_unstored(machine),
             repeats=repeats,
             command=shlex.join(["baton", *sys.argv[1:]]),
             progress=progress,
@@ -245,6 +237,14 @@ def handoff_speed(
             f"{whole[cost.tokens] / cost.total_s:.1f}x",
         )
     out.print(made)
+
+
+def _unstored(machine: Machine) -> dict[str, Any]:
+    """How models run whose weights are drawn, not read: where nothing was stored, `auto` is bfloat16."""
+    from baton.models.loading import resolve_device, resolve_dtype
+
+    dtype = resolve_dtype("bfloat16" if machine.dtype == "auto" else machine.dtype)
+    return {"dtype": dtype, "device": resolve_device(machine.device), "runtime": machine.runtime}
 
 
 def cost_table(report: dict[str, Any]) -> Table:

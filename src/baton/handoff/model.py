@@ -26,7 +26,6 @@ from baton.handoff.config import HandoffConfig, HandoffOptions, Signal
 from baton.handoff.inject import INJECT, prefix
 from baton.handoff.project import Projector
 from baton.handoff.read import LayerMix, PromptEncoder, check_same, fingerprint
-from baton.models.adapter import runtime_of
 from baton.models.loading import (
     HANDOFF_TYPE,
     first_line,
@@ -161,7 +160,7 @@ class HandoffModel(PreTrainedModel):
         """H to Z [b, m, d_s]."""
         states = states.to(self.projector.first.weight.dtype)
         states = self.mix(states) if self.mix is not None else states
-        if self._projection is not None and self._projection.valid and not torch.is_grad_enabled():
+        if self._projection is not None and self._projection.parts.valid and not torch.is_grad_enabled():
             return self._projection(states)
         return self.projector(states)
 
@@ -422,8 +421,7 @@ class HandoffModel(PreTrainedModel):
             raise NotAHandoff(f"{folder / WEIGHTS} does not fit its config.json: {(lost + unexpected)[:3]}")
         stored = next(iter(weights.values())).dtype
         model = model.to(where, stored if torch_dtype == "auto" else torch_dtype).eval()
-        prepare(model.slm, runtime)
-        if runtime_of(model.slm).name in ("native", "int8"):
+        if prepare(model.slm, runtime) in ("native", "int8"):
             model._projection = make_projection(model.projector.first, model.projector.last)
         if reader is not None:
             reader.prepare(runtime)

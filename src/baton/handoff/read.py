@@ -152,7 +152,7 @@ class PromptEncoder:
             finally:
                 hook.remove()
             return _unit_rms(captured[0])
-        if self._native is not None and not self._native.stack.valid:  # moved or converted
+        if self._native is not None and not self._native.stack.parts.valid:  # moved or converted
             self._native = make_reader(self.model)
         if self._native is not None:
             return self._native(self.embed(ids), mask)

@@ -7,7 +7,6 @@ the model can still be saved, and trained by its stock layers.
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -20,7 +19,7 @@ from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +31,10 @@ from baton.errors import BatonError, UnsupportedModel
 from baton.models.adapter import T5, DecoderOnly, Runtime, Target
 from baton.models.writer import PromptInputs
 
-log = logging.getLogger(__name__)
-
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "ReLU": 1, "NewGELUActivation": 2, "GELUTanh": 2, "GELUActivation": 3}
 LANES = 16
+_T = TypeVar("_T")
 TOKENS_AT_ONCE = 512  # of a prompt pass; more would only take more memory
 
 
@@ -127,7 +125,16 @@ class Parts:
                 f"native layers are for the CPU, in float32 or bfloat16, and the model is on {device} in {name}"
             )
         self.held: list[Tensor] = []  # the same memory: C's addresses stay good, whatever happens to the model
-        self.norms: list[tuple[Any, int]] = []  # and where they were
+        self.watched: list[tuple[Any, int]] = []  # some modules, and where their weights were
+
+    def watch(self, module: Any) -> None:
+        """See `valid`. A few of a model's modules will do: when it is moved or converted, all weights move."""
+        self.watched.append((module, module.weight.data_ptr()))
+
+    @property
+    def valid(self) -> bool:
+        """Whether the weights that are watched are still where they were."""
+        return all(module.weight.data_ptr() == address for module, address in self.watched)
 
     def linear(self, layer: Any) -> _Linear:
         """A linear layer as it is, or its int8 copy where there is one."""
@@ -143,9 +150,8 @@ class Parts:
         return _Linear(weight.data_ptr(), bias, None, *weight.shape)
 
     def norm(self, norm: Any) -> int:
-        address = self._plain(norm, norm.weight, type(norm)).data_ptr()
-        self.norms.append((norm, address))
-        return address
+        self.watch(norm)  # small, and in every layer
+        return self._plain(norm, norm.weight, type(norm)).data_ptr()
 
     def width(self, width: int) -> int:
         """Of a head."""
@@ -180,15 +186,9 @@ class Stack:
 
     def __init__(self, layers: list[_Layer], d: int, parts: Parts) -> None:
         self.layers, self.d = layers, d
-        self.held = parts.held
-        self.norms = parts.norms  # watched: they move when all moves, and are few
+        self.parts = parts
         self.bias: Tensor | None = None  # what the layers' pointers lead to
         self.scratch = torch.empty(0, dtype=torch.uint8)
-
-    @property
-    def valid(self) -> bool:
-        """Whether the weights are still where they were."""
-        return all(norm.weight.data_ptr() == address for norm, address in self.norms)
 
     def set_bias(self, table: Tensor, offset: int) -> None:
         """What all layers add to scores: [heads, n], by distance from -offset on."""
@@ -222,7 +222,7 @@ class Stack:
             layers: which; None: all.
         Returns: copies of what the layers in `keep` gave, by number; 0 is what the first was given.
         """
-        if not self.valid:
+        if not self.parts.valid:
             raise BatonError("the model was moved or converted after its engine was made: make a new engine")
         layers = range(len(self.layers)) if layers is None else layers
         found = {0: hidden.clone()} if 0 in keep and layers.start == 0 else {}
@@ -561,20 +561,16 @@ class Projection:
     """
 
     def __init__(self, first: nn.Linear, last: nn.Linear) -> None:
-        parts = Parts(first.weight.dtype, first.weight.device)
-        self.dtype, self.weights = parts.dtype, (first, last)
-        self.first, self.last, self.held = parts.linear(first), parts.linear(last), parts.held
-        self.addresses = [layer.weight.data_ptr() for layer in self.weights]
-
-    @property
-    def valid(self) -> bool:
-        """Whether the weights are still where they were."""
-        return [layer.weight.data_ptr() for layer in self.weights] == self.addresses
+        self.parts = parts = Parts(first.weight.dtype, first.weight.device)
+        self.first, self.last = parts.linear(first), parts.linear(last)
+        parts.watch(first)
+        parts.watch(last)
 
     def __call__(self, states: Tensor) -> Tensor:
         """[..., d_in] to [..., d_out], in the weights' dtype."""
-        inner = apply(self.first, states, self.dtype).relu_()
-        return apply(self.last, inner, self.dtype).to(self.dtype)
+        dtype = self.parts.dtype
+        inner = apply(self.first, states, dtype).relu_()
+        return apply(self.last, inner, dtype).to(dtype)
 
 
 def _t5_layer(block: Any, parts: Parts) -> _Layer:
@@ -652,39 +648,33 @@ def make_native(model: PreTrainedModel) -> str:
     parts: list[Any] = list(model.modules())
     for part in parts:
         vars(part).pop("baton_int8", None)  # of an earlier choice
-    try:
-        kernels()
-        TARGETS[family](model)
-    except (UnsupportedModel, OSError, subprocess.SubprocessError, AttributeError) as error:
-        return _reason(error)
-    model.baton_runtime = Runtime("native", TARGETS[family], (model.device, model.dtype))
-    return ""
+    made, reason = _built(lambda: TARGETS[family](model))
+    if made is not None:
+        model.baton_runtime = Runtime("native", TARGETS[family], (model.device, model.dtype))
+    return reason
 
 
 def make_reader(model: PreTrainedModel) -> T5Reader | None:
     """The encoder of a model that reads for others, native; None where that cannot be."""
     if model.config.model_type not in ("t5", "mt5"):
         return None
-    try:
-        kernels()
-        return T5Reader(model)
-    except (UnsupportedModel, OSError, subprocess.SubprocessError, AttributeError):
-        return None
+    return _built(lambda: T5Reader(model))[0]
 
 
 def make_projection(first: nn.Linear, last: nn.Linear) -> Projection | None:
     """A projector's maps, native; None where that cannot be."""
+    return _built(lambda: Projection(first, last))[0]
+
+
+def _built(build: Callable[[], _T]) -> tuple[_T | None, str]:
+    """What C can run, or None and the reason."""
     try:
         kernels()
-        return Projection(first, last)
-    except (UnsupportedModel, OSError, subprocess.SubprocessError):
-        return None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnsupportedModel):
-        return str(error)
-    if isinstance(error, AttributeError):  # a model that lost or changed parts: packed, wrapped, cut
-        return f"it is not built as its family is: {error}"
-    detail = getattr(error, "stderr", None)
-    return f"the C kernels cannot be compiled: {detail.decode(errors='replace') if detail else error}"
+        return build(), ""
+    except UnsupportedModel as error:
+        return None, str(error)
+    except AttributeError as error:  # a model that lost or changed parts: packed, wrapped, cut
+        return None, f"it is not built as its family is: {error}"
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None)
+        return None, f"the C kernels cannot be compiled: {detail.decode(errors='replace') if detail else error}"

@@ -28,7 +28,6 @@ class PackedLinear(nn.Module):
         weight = layer.weight.detach()
         weight = weight.T if isinstance(layer, Conv1D) else weight
         self.out_features, self.in_features = weight.shape
-        self.weight_bytes, self.weight_count = weight.nbytes, weight.numel()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = None if layer.bias is None else layer.bias.detach()
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import statistics
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from baton.data.storage import atomic_write, cache_folder
-from baton.machine import machine, probe_s
+from baton.machine import machine, probe_s, seconds_of
 from baton.models.adapter import Target, runtime_of, target_for
 from baton.models.writer import PromptInputs, Writer
 
@@ -132,11 +131,7 @@ def _passes(target: Target, batch: int, context: int) -> Callable[[int, int], li
         new = torch.zeros((batch, count), dtype=torch.long, device=target.device)
         taken = []
         for _ in range(repeats + 1):
-            started = time.perf_counter()
-            target.forward(new, memory)
-            if target.device.type == "cuda":
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - started)
+            taken.append(seconds_of(lambda: target.forward(new, memory)))
             memory.truncate(before)
         return taken[1:]
 

@@ -24,12 +24,10 @@ from typer.testing import CliRunner
 
 from baton.bench import metrics, runner
 from baton.bench.compare import compare
-from baton.bench.contenders import Ours
 from baton.bench.decode import bench_decode
 from baton.bench.forward import bench_forward, weight_bytes
 from baton.bench.handoff import bench_handoff
 from baton.bench.metrics import Measurement
-from baton.bench.peers import make_peers
 from baton.bench.record import SCHEMA, Record, Run, from_json, read_run, to_json
 from baton.bench.serve import arrival_times, bench_serve, percentiles, serve
 from baton.bench.shapes import SHAPES
@@ -589,47 +587,20 @@ def test_the_commands_for_quality_and_serving(tmp_path: Path, monkeypatch: pytes
     assert served.exit_code == 0 and "TTFT" in served.stdout and "differ" not in served.stdout, served.output
 
 
-def test_speed_agrees_with_an_independent_stopwatch(capsys: pytest.CaptureFixture[str]) -> None:
-    """Another clock, around transformers' own `generate` and our engine's steps, counting their tokens by itself."""
-    writer = load(ROOT / "models" / "pycode-target", dtype="float32")
-    seconds: dict[str, float] = {}
-    tokens: dict[str, int] = {}
-
-    def watched(name: str, call: Any, count: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            started = time.monotonic_ns()
-            result = call(*args, **kwargs)
-            seconds[name] = seconds.get(name, 0.0) + (time.monotonic_ns() - started) / 1e9
-            tokens[name] = tokens.get(name, 0) + count(result, kwargs)
-            return result
-
-        return run
-
-    (greedy, *_) = make_peers("transformers", writer, max_new_tokens=48, assistant=None)
-    generate_by_itself = writer.lm.generate
-    writer.lm.generate = watched(
-        greedy.name, generate_by_itself, lambda made, given: made.shape[1] - given["input_ids"].shape[1]
-    )
-    ours = Ours(writer, max_new_tokens=48)
-    ours.engine.step = watched("plain", ours.engine.step, lambda step, _: len(step.tokens))  # type: ignore[method-assign]
-
-    def make(size: int) -> list[Any]:
-        return [ours, greedy]
-
-    def forget(what: str, done: int, total: int) -> None:
-        if done == 1:  # the warm-up's seconds and the first group's: both clocks start after them
-            seconds.clear()
-            tokens.clear()
-
-    run = some_run(contenders={"plain": "plain", greedy.name: "peer"}, max_new_tokens=48)
-    _, records = runner.measure(writer, make, [read_suite("code").first(4)], run, progress=forget)
-    later = [record for record in records if record.group > 0]
+@pytest.mark.parametrize("peer", ["transformers", "llama.cpp"])
+def test_speed_agrees_with_an_independent_stopwatch(peer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another clock, around the other engine's own call and our engine's steps, counting tokens by itself."""
+    if peer == "llama.cpp":
+        pytest.importorskip("llama_cpp", reason="needs the extra `peers`")
+    program = [sys.executable, str(Path(__file__).with_name("stopwatch.py")), peer]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2
     with capsys.disabled():
-        for name in ("plain", greedy.name):
-            found = metrics.tokens_per_second(metrics.groups(r for r in later if r.contender == name))
-            watch = tokens[name] / seconds[name]
-            print(f"\n{name}: {found:.1f} tokens/s in the record, {watch:.1f} by stopwatch", end="")
-            assert found == pytest.approx(watch, rel=0.03)
+        for name, (recorded, watch) in found.items():
+            print(f"\n{name}: {recorded:.1f} tokens/s in the record, {watch:.1f} by stopwatch", end="")
+            assert recorded == pytest.approx(watch, rel=0.03)
 
 
 def test_passes_are_timed_engine_by_engine(monkeypatch: pytest.MonkeyPatch) -> None:

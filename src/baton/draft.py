@@ -18,6 +18,7 @@ from torch import Tensor
 
 from baton.errors import DraftError
 
+Few = tuple[Sequence[int], Sequence[float]]  # token ids and their probabilities
 ROOT = -1  # the parent of a tree's first nodes
 
 
@@ -100,15 +101,16 @@ class Draft:
         tree: how the nodes hang together.
         source: who proposes, for provenance; or one name per node.
         scores: per node, anything that orders nodes by how likely they are to be accepted; empty: unknown.
-        drawn: for parents whose children were drawn: float32 [V], the distribution of the first draw. The children
-            stand in the order in which they were drawn, without replacement.
+        drawn: for parents whose children were drawn: the distribution of the first draw, float32 [V], or (token ids,
+            their probabilities), all others having none. The children stand in the order in which they were drawn,
+            without replacement.
     """
 
     tokens: Sequence[int] = ()
     tree: Tree = EMPTY
     source: str | Sequence[str] = ""
     scores: Sequence[float] = ()
-    drawn: Mapping[int, Tensor] = field(default_factory=dict)
+    drawn: Mapping[int, Tensor | Few] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.tree):
@@ -124,7 +126,7 @@ class Draft:
         return len(self.tokens)
 
     @classmethod
-    def chain(cls, tokens: Sequence[int], source: str = "", drawn: Sequence[Tensor] = ()) -> "Draft":
+    def chain(cls, tokens: Sequence[int], source: str = "", drawn: Sequence[Tensor | Few] = ()) -> "Draft":
         """One token after the other; `drawn`: the distribution [V] that each was drawn from, or nothing."""
         return cls(
             tokens=tokens, tree=chain(len(tokens)), source=source, drawn={node - 1: q for node, q in enumerate(drawn)}
@@ -143,6 +145,15 @@ class Draft:
     def sources(self) -> Sequence[str]:
         """Who proposed each node."""
         return [self.source] * len(self) if isinstance(self.source, str) else self.source
+
+    def q(self, node: int, like: Tensor) -> Tensor:
+        """What the children of a node were drawn from, as float64 [V] of a new tensor like [V]."""
+        drawn = self.drawn[node]
+        if isinstance(drawn, Tensor):
+            return drawn.to(like.device, torch.float64, copy=True)
+        q = torch.zeros(like.shape, dtype=torch.float64, device=like.device)
+        q[torch.tensor(drawn[0], device=like.device)] = torch.tensor(drawn[1], dtype=q.dtype, device=like.device)
+        return q
 
     def merge(self, other: "Draft") -> "Draft":
         """Both; a path that both hold is there once, with the better score and this one's source.
@@ -224,8 +235,11 @@ class Growing:
             self.scores[node] = max(self.scores[node], score)
         return node
 
-    def draft(self, source: str | Sequence[str], *, scored: bool) -> Draft:
-        return Draft(tokens=self.tokens, tree=Tree(self.parents), source=source, scores=self.scores if scored else ())
+    def draft(
+        self, source: str | Sequence[str], *, scored: bool, drawn: Mapping[int, Tensor | Few] | None = None
+    ) -> Draft:
+        scores = self.scores if scored else ()
+        return Draft(tokens=self.tokens, tree=Tree(self.parents), source=source, scores=scores, drawn=drawn or {})
 
 
 NOTHING = Draft()

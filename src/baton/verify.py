@@ -82,7 +82,7 @@ def recursive_rejection(
             "chosen, not drawn: use sample-and-match, which is exact for any children"
         )
     children = draft.tree.children(node)
-    p, q = p.double(), draft.drawn[node].to(p.device).double()
+    p, q = p.double(), draft.q(node, p)
     for rank, child in enumerate(children):
         token = draft.tokens[child]
         # Multiplied, not divided: filters can make q zero where nothing can have been drawn.
@@ -93,7 +93,6 @@ def recursive_rejection(
         if total <= 0:  # p equals q up to rounding: a refusal had probability zero
             break
         p = rest / total
-        q = q.clone()
         q[token] = 0
         left = q.sum()
         if left <= 0:  # no second token could have been drawn

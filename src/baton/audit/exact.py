@@ -93,8 +93,8 @@ def audit(
     """Compare methods with plain decoding: greedy and seeded sampling, alone and in ragged batches.
 
     Args:
-        methods: as in `baton.generate(drafter=...)`. One with `sample=true` is drawn and verified by recursive
-            rejection: its greedy text is compared, and the joint law of its first two sampled tokens is tested.
+        methods: as in `baton.generate(drafter=...)`. One that draws is verified by recursive rejection: its greedy text
+            is compared, and the joint law of two sampled tokens is tested.
         law_runs: pairs of tokens drawn for that test.
         progress: called with (what, done, total).
     """
@@ -116,7 +116,7 @@ def audit(
     )
     for number, spec in enumerate(methods):
         method = Method(spec)
-        draws = bool(getattr(make(spec), "sample", False))
+        draws = make(spec).draws
         steps = emitted = 0
         for name, outputs in plain.items():
             if draws and name == "seeded":

@@ -29,7 +29,9 @@ def method(name: str) -> "type[Drafter]":
 
 
 def make(spec: str) -> "Drafter":
-    """A drafter from `name` or `name:key=value,key=value`.
+    """A drafter from `name` or `name:key=value,key=value`; a value that is such a text itself stands in brackets.
+
+    For example `rasd:base=[draft-model:model=DIR,branches=4]`.
 
     Raises: UnknownOption for a method or an option that does not exist, or a value that does not fit.
     """
@@ -37,13 +39,38 @@ def make(spec: str) -> "Drafter":
     kind = method(name.strip())
     fields = options(kind)
     values: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
+    for part in filter(None, split(rest, ",")):
         key, equals, text = part.partition("=")
         key = key.strip().replace("-", "_")
         if key not in fields:
             raise UnknownOption(f"{name} has no option {key!r}: {nearest(key, fields)}")
         values[key] = _value(f"{name}:{key}", text.strip() if equals else "true", fields[key].default)
     return kind(**values)
+
+
+def split(text: str, separator: str) -> list[str]:
+    """Parts of a text, not parted inside brackets, in the order they stand in.
+
+    Raises: UnknownOption where brackets do not close.
+    """
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "[") - (character == "]")
+        if depth < 0:
+            break
+        if character == separator and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if depth:
+        raise UnknownOption(f"{text!r}: brackets do not close")
+    return parts
+
+
+def bare(text: str) -> str:
+    """A value without the brackets around it."""
+    text = text.strip()
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def options(kind: "type[Drafter]") -> dict[str, dataclasses.Field[Any]]:
@@ -56,6 +83,6 @@ def _value(where: str, text: str, default: Any) -> Any:
     try:
         if isinstance(default, bool):
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-        return type(default)(text)
+        return type(default)(bare(text))
     except (KeyError, ValueError):
         raise UnknownOption(f"{where}={text!r} is not a {type(default).__name__}") from None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,6 +38,13 @@ class Seen:
     hidden: dict[int, Tensor]  # layer -> [b, n + 1, d] of the layers that the drafter wants
 
 
+class Begun(NamedTuple):
+    """What the target's first layers gave, of each row's newest token and its draft, whose slots they have filled."""
+
+    layers: int
+    hidden: Tensor  # [b, n + 1, d], padded as the drafts are
+
+
 class Drafter:
     """Proposes tokens for rows. The base class proposes nothing: plain decoding.
 
@@ -48,10 +55,20 @@ class Drafter:
     Attributes:
         name: as users say it, and as provenance shows it.
         layers: target layers whose outputs it wants to see; 0 is the embeddings.
+        begun: the layers that it has already sent its latest drafts through, if any; the target's pass goes on there.
     """
 
     name = "plain"
     layers: frozenset[int] = frozenset()
+    begun: "Begun | None" = None
+
+    @property
+    def draws(self) -> bool:
+        """When sampling, it draws its drafts, and they are verified by recursive rejection.
+
+        The text is distributed as that of plain decoding then, and is not the same token for token.
+        """
+        return False
 
     def attach(self, engine: "Engine") -> None:
         """Called once, before anything else: the engine that it drafts for.

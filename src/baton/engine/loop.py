@@ -189,7 +189,8 @@ class Engine:
         try:
             with self.target.capture(self.drafter.layers) as hidden:
                 ids, positions, tree = self._inputs(drafts)
-                logits = self.target.forward(ids, self._memory, positions=positions, tree=tree)
+                begun = self.drafter.begun
+                logits = self.target.forward(ids, self._memory, positions=positions, tree=tree, begun=begun)
             verdicts = self.chooser(self.rows, drafts, logits)
         except BaseException:  # a step that may be tried again must not find half of this one
             self._memory.truncate([min(pair) for pair in zip(before, self._memory.lengths, strict=True)])

@@ -77,7 +77,13 @@ class Target(ABC):
 
     @torch.inference_mode()
     def forward(
-        self, ids: Tensor, memory: Memory, *, positions: Tensor | None = None, tree: Tensor | None = None
+        self,
+        ids: Tensor,
+        memory: Memory,
+        *,
+        positions: Tensor | None = None,
+        tree: Tensor | None = None,
+        begun: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         """One cached pass over `q` new tokens in every row of `memory`, which takes them in.
 
@@ -85,9 +91,14 @@ class Target(ABC):
             ids: int64 [b, q].
             positions: int64 [b, q]; None: each row goes on where it ends.
             tree: bool [b, q, q], True where new token i may attend to new token j; None: a chain.
+            begun: a number of layers, and what they gave of these tokens, [b, q, d], when they filled the same slots
+                (`forward_layers`): only the layers above run.
         Returns: logits [b, q, V] in the model's dtype, or float32. `memory.keep` then drops what was not accepted.
         """
         memory.own.append(ids.shape[1], self.device)
+        if begun is not None:
+            layer, hidden = begun
+            return self.head(self.between(layer, len(self.layers), ids, memory, hidden, positions, tree))
         return self.unembed(self.run(ids, memory, positions, tree))
 
     @torch.inference_mode()

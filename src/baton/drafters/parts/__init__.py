@@ -1,0 +1,1 @@
+"""What methods share: second models, tables and indexes on disk, trees of ranks."""

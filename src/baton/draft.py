@@ -182,16 +182,22 @@ class Draft:
             return self
         if self.drawn:
             raise DraftError("a draft with drawn children cannot be pruned: what is left would no longer be drawn")
+        return self._only(sorted(self.order()[:budget]))
+
+    def order(self) -> list[int]:
+        """Nodes, best scored first, each behind its parent; what is not scored, level by level."""
+        if self.tree.is_chain:
+            return list(range(len(self)))
         scores = self.scores or [-depth for depth in self.tree.depths]
         frontier = [(-scores[node], node) for node in self.tree.children(ROOT)]
         heapq.heapify(frontier)
-        kept: list[int] = []
-        while frontier and len(kept) < budget:
+        found: list[int] = []
+        while frontier:
             _, node = heapq.heappop(frontier)
-            kept.append(node)
+            found.append(node)
             for child in self.tree.children(node):
                 heapq.heappush(frontier, (-scores[child], child))
-        return self._only(sorted(kept))
+        return found
 
     def within(self, depth: int) -> "Draft":
         """Nodes at most so deep: siblings leave together, so drawn ones may stay."""

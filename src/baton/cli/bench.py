@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
         bench_app,
         "decode",
         examples=[
+            "baton bench decode models/pycode-target --data code --method all --assistant models/pycode-draft",
             "baton bench decode models/pycode-target --data code --limit 50",
             "baton bench decode models/en-de-llm --data translate --handoff models/en-de-handoff --out run.jsonl",
             "baton bench decode gpt2-xl --data prompts.txt --method draft-model:model=gpt2 --assistant gpt2",
@@ -78,10 +79,13 @@ def decode(
     machine: Machine,
     data: Annotated[
         list[str],
-        typer.Option("--data", "-d", help="Suite (code, edit, translate) or file of prompts, repeatable."),
+        typer.Option(
+            "--data", "--suite", "-d", help="Suite (code, edit, math, translate) or file of prompts, repeatable."
+        ),
     ],
     method: Annotated[
-        list[str], typer.Option(help=f"NAME or NAME:key=value,..., repeatable; by default {', '.join(WITHOUT_MODEL)}.")
+        list[str],
+        typer.Option(help=f"NAME or NAME:key=value,..., or all; repeatable; by default {', '.join(WITHOUT_MODEL)}."),
     ] = [],  # noqa: B006 - typer copies it
     handoff: Annotated[
         list[str],
@@ -92,8 +96,15 @@ def decode(
         typer.Option(help=f"Other engine: {', '.join(PEERS)}; repeatable.", callback=one_of([*PEERS, "none"])),
     ] = ["transformers"],  # noqa: B006
     assistant: Annotated[
-        str | None, typer.Option(metavar="S", help="Small model that other engines draft with.")
+        str | None, typer.Option(metavar="S", help="Small model that other engines, and `all`, draft with.")
     ] = None,
+    datastore: Annotated[
+        str | None, typer.Option(metavar="DIR", help="For `all`: what `baton build-datastore` wrote.")
+    ] = None,
+    ngrams: Annotated[
+        str | None, typer.Option(metavar="DIR", help="For `all`: what `baton build-table` wrote.")
+    ] = None,
+    controlled: Annotated[bool, typer.Option("--controlled", help="Each method under a controller, too.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Use only so many prompts of each suite.")] = 100,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 256,
     batch_size: Annotated[list[int], typer.Option(min=1, help="Prompts written together, repeatable.")] = [1, 8],  # noqa: B006
@@ -113,7 +124,7 @@ def decode(
     Every group of prompts is written by each in turn. Tokens per second are all tokens over all seconds; speed-up is
     plain decoding's time per token over the method's; brackets hold 95 % of bootstrap resamples of the groups.
     """
-    methods = check_methods(method)
+    methods = check_methods(method, small=assistant, datastore=datastore, table=ngrams, controlled=controlled)
     check_source(model, llm, *(spec.partition("+")[0] for spec in handoff))
     from baton.bench.suites import read_suite
 
@@ -316,7 +327,8 @@ def quality(
     sampling: Sampling,
     machine: Machine,
     data: Annotated[
-        list[str], typer.Option("--data", "-d", help="Suite or file with references (prompt, response), repeatable.")
+        list[str],
+        typer.Option("--data", "--suite", "-d", help="Suite or file with references (prompt, response), repeatable."),
     ],
     handoff: Annotated[list[str], typer.Option(metavar="DIR", help="Hand-off from MODEL, repeatable.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many prompts of each suite.")] = None,
@@ -360,7 +372,9 @@ def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a hand-off or language model.")],
     sampling: Sampling,
     machine: Machine,
-    data: Annotated[str, typer.Option("--data", "-d", help="Suite (code, edit, translate) or file of prompts.")],
+    data: Annotated[
+        str, typer.Option("--data", "--suite", "-d", help="Suite (code, edit, math, translate) or file of prompts.")
+    ],
     method: Annotated[
         list[str], typer.Option(help=f"NAME or NAME:key=value,..., repeatable; by default {', '.join(WITHOUT_MODEL)}.")
     ] = [],  # noqa: B006

@@ -8,7 +8,7 @@ from typing import Any
 from baton.cli.console import err
 from baton.data.formats import read_prompts
 from baton.data.storage import storage_errors
-from baton.drafters import WITHOUT_MODEL, make
+from baton.drafters import WITHOUT_MODEL, every, make
 from baton.errors import BatonError, DataError, nearest
 
 
@@ -32,9 +32,25 @@ def check_source(*sources: str | None) -> None:
             raise BatonError(f"there is no folder {source}: {hint}")
 
 
-def check_methods(given: list[str]) -> list[str]:
-    """Drafting methods, those that need no model by default; a wrong name is better known before a model is loaded."""
-    methods = given or WITHOUT_MODEL
+def check_methods(
+    given: list[str],
+    *,
+    small: str | None = None,
+    datastore: str | None = None,
+    table: str | None = None,
+    controlled: bool = False,
+) -> list[str]:
+    """Drafting methods, those that need no model by default; a wrong name is better known before a model is loaded.
+
+    Args:
+        given: `all` stands for every method that can run with what the next three name.
+        controlled: each method under a controller, too.
+    """
+    methods = []
+    for name in given or WITHOUT_MODEL:
+        methods += every(small=small, datastore=datastore, table=table) if name == "all" else [name]
+    if controlled:
+        methods += [f"controller:base=[{name}]" for name in methods if not name.startswith("controller")]
     for name in methods:
         make(name)
     return methods

@@ -3,6 +3,8 @@
     python recipes/pycode.py                 every stage, in order; run again to continue
     python recipes/pycode.py --processes 2   two training processes (torchrun)
     python recipes/pycode.py target          one stage
+    python recipes/pycode.py layerskip       train the shipped target on, so that its first layers can draft (not part
+                                             of "every stage"; LayerSkip, arXiv 2404.16710)
 
 A finished stage is skipped; an interrupted training continues from its last checkpoint.
 Data: the source of the standard library of the Python that runs this (PSF licence), split by file.
@@ -23,11 +25,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from baton.models.text import TextToText
 from baton.train.dataset import BlockDataset
+from baton.train.layerskip import EarlyExits, LayerSkipOptions, StepCounter
 from baton.train.options import TrainOptions
 from baton.train.trainer import make_trainer, run
 
 # stage: whether torchrun may run it
-STAGES = {"tokenizer": False, "target": True, "draft": True, "publish": False}
+STAGES = {"tokenizer": False, "target": True, "draft": True, "publish": False, "layerskip": True}
+ON_REQUEST = ("layerskip",)
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, BLOCK = 4096, 256  # tokens
 PROMPT, PROMPTS = 96, 1000  # tokens of a held-out prompt, and how many are shipped
@@ -46,6 +50,10 @@ TARGET = TrainOptions(
     max_quality_examples=0,
 )
 DRAFT = replace(TARGET, max_steps=800)
+# A rate between that of the first training and its end; each exit but the last counts in one step of four.
+LAYERSKIP = replace(TARGET, max_steps=120, learning_rate=2e-3, embedding_lr=2e-3, eval_every=60, save_every=20)
+EXITS = LayerSkipOptions(p_max=0.1, e_scale=1.0, rotation=4)
+EXIT_LAYER = 4  # of 14: where drafting stops by default
 
 
 def llama(*, width: int, layers: int, heads: int, kv_heads: int, inner: int) -> PreTrainedModel:
@@ -106,10 +114,12 @@ class Recipe:
         ).save_pretrained(self.out / "tokenizer")
 
     def target(self) -> bool:
-        return self._train(llama(width=192, layers=14, heads=3, kv_heads=1, inner=512), TARGET, "target")
+        model = llama(width=192, layers=14, heads=3, kv_heads=1, inner=512)
+        return self._train(TextToText(model), TARGET, "target", self._tokenizer())
 
     def draft(self) -> bool:
-        return self._train(llama(width=96, layers=2, heads=3, kv_heads=1, inner=256), DRAFT, "draft")
+        model = llama(width=96, layers=2, heads=3, kv_heads=1, inner=256)
+        return self._train(TextToText(model), DRAFT, "draft", self._tokenizer())
 
     def publish(self) -> None:
         """Copy both models and held-out prompts to their place."""
@@ -138,18 +148,26 @@ class Recipe:
         lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in chosen]
         (ROOT / "models" / "pycode-target" / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+    def layerskip(self) -> bool:
+        """From the shipped target; its tokenizer comes along."""
+        folder = ROOT / "models" / "pycode-target"
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.generation_config.assistant_early_exit = EXIT_LAYER
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.save_pretrained(self.out / "layerskip")
+        return self._train(EarlyExits(model, EXITS, LAYERSKIP.max_steps), LAYERSKIP, "layerskip", tokenizer)
+
     def _tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.out / "tokenizer")
 
-    def _train(self, model: PreTrainedModel, options: TrainOptions, stage: str) -> bool:
-        tokenizer = self._tokenizer()
+    def _train(self, model: TextToText, options: TrainOptions, stage: str, tokenizer: Any) -> bool:
         datasets = [BlockDataset(texts, tokenizer, length=BLOCK, separator=1) for texts in (self.train, self.held_out)]
-        trainer = make_trainer(
-            TextToText(model), *datasets, out=self.out / stage / "run", options=options, prompt_pad_id=0
-        )
+        trainer = make_trainer(model, *datasets, out=self.out / stage / "run", options=options, prompt_pad_id=0)
+        if isinstance(model, EarlyExits):
+            trainer.add_callback(StepCounter(model))
         finished = run(trainer)
         if finished and trainer.is_world_process_zero():
-            model.to(torch.bfloat16).save_pretrained(self.out / stage)
+            model.model.to(torch.bfloat16).save_pretrained(self.out / stage)
         return finished
 
 
@@ -158,4 +176,4 @@ def _last_state(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(__file__, str(__doc__), STAGES, lambda args: Recipe(args.out))
+    main(__file__, str(__doc__), STAGES, lambda args: Recipe(args.out), on_request=ON_REQUEST)

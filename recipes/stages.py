@@ -4,7 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ def main(
     stages: Mapping[str, bool],
     make: Callable[[argparse.Namespace], Any],
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    on_request: Collection[str] = (),
 ) -> None:
     """Run a recipe's stages from the command line.
 
@@ -26,11 +27,12 @@ def main(
             False when it was interrupted.
         make: the recipe from parsed arguments; called when a stage runs.
         add_arguments: adds the recipe's own; its data belongs there.
+        on_request: stages that run only when they are named.
     """
     name = Path(script).stem.replace("_", "-")
     cache = Path.home() / ".cache" / "baton" / name  # outside of the clone: a run outlives it
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"any of {', '.join(stages)}; none means all")
+    parser.add_argument("stages", nargs="*", metavar="stage", help=_help(stages, on_request))
     parser.add_argument("--out", type=Path, default=cache, help=f"where runs are kept; {cache}")
     parser.add_argument("--processes", type=int, default=1, help="training processes")
     add_arguments(parser)
@@ -40,7 +42,7 @@ def main(
     worker = "LOCAL_RANK" in os.environ
     console = Console(quiet=worker and os.environ["RANK"] != "0")
     recipe: Any = None
-    for stage in args.stages or stages:
+    for stage in args.stages or [name for name in stages if name not in on_request]:
         done = args.out / stage / "done"
         if done.exists():
             console.print(f"[green]{stage}: done")
@@ -57,6 +59,11 @@ def main(
             sys.exit(f"{stage} was interrupted; run the same command again to continue")
         if not worker or os.environ["RANK"] == "0":
             done.touch()
+
+
+def _help(stages: Iterable[str], on_request: Collection[str]) -> str:
+    rest = f" but {', '.join(on_request)}" if on_request else ""
+    return f"any of {', '.join(stages)}; none means all{rest}"
 
 
 def _same(args: argparse.Namespace) -> list[str]:

@@ -18,6 +18,7 @@ import baton
 from baton.draft import NOTHING, Draft, Tree, chain
 from baton.drafters import METHODS, make
 from baton.drafters.draft_model import DraftModel
+from baton.drafters.dynamic_exit import DynamicExit
 from baton.engine import Engine, generate, stream
 from baton.engine.drafter import Drafter
 from baton.engine.request import Request
@@ -79,6 +80,14 @@ class Oracle(Drafter):
         return Draft(tokens=tokens, tree=Tree(parents), source=self.name)
 
 
+class Restless(DynamicExit):
+    """Drafts at each step, from another layer each time: on random models no draft of its own would seem to pay."""
+
+    def plan(self, tables: Any) -> tuple[int, int]:
+        self.turns = getattr(self, "turns", 0) + 1
+        return self.turns % len(self.candidates), 1
+
+
 def drafters(writer: Writer, other: Writer) -> dict[str, Drafter]:
     """One of each method, with options that make it draft much."""
 
@@ -99,6 +108,9 @@ def drafters(writer: Writer, other: Writer) -> dict[str, Drafter]:
         "draft-model, tree": Local(num_draft_tokens=9, branches=3, max_depth=3),
         "draft-model, itself": Itself(num_draft_tokens=4),
         "draft-model, itself, tree": Itself(num_draft_tokens=6, branches=2, max_depth=4),
+        "layerskip": make("layerskip:exit_layer=1,num_draft_tokens=4"),
+        "del": make("del"),
+        "del, restless": Restless(num_draft_tokens=4),
         "adversary": Adversary(),
     }
 

@@ -15,6 +15,8 @@ METHODS = {
     "draft-model": "baton.drafters.draft_model:DraftModel",
     "handoff": "baton.drafters.handoff:HandoffDrafter",
     "token-recycling": "baton.drafters.token_recycling:TokenRecycling",
+    "layerskip": "baton.drafters.layerskip:LayerSkip",
+    "del": "baton.drafters.dynamic_exit:DynamicExit",
 }
 # Those that need nothing but the target.
 WITHOUT_MODEL = ["prompt-lookup", "token-recycling"]

@@ -171,12 +171,16 @@ class Target(ABC):
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
         """What a layer gave, [..., d], to logits [..., V]: final norm, once, and output head."""
+        return self.unembed(self.finish(hidden))
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """What a layer gave, [..., d], after the final norm; can be learned from."""
         stack = getattr(self.decoder, "decoder", self.decoder)
         for name in ("norm", "ln_f", "final_layer_norm", "layer_norm", "project_out"):
             part = getattr(stack, name, None)
             if part is not None:
                 hidden = part(hidden)
-        return self.unembed(hidden)
+        return hidden
 
     def room(self, prompt_tokens: int, wanted: int) -> int:
         """How many of the `wanted` response tokens the model has positions for; less than 1: the prompt is too long."""
@@ -270,7 +274,7 @@ class DecoderOnly(Target):
         own = memory.own
         if positions is None:
             positions = next_positions(own, self.device)
-        if self.context is not None and own.count > 1:  # padding beside a longer draft may lie past a position table
+        if self.context is not None and own.width > self.context:  # padding beside a longer draft may lie past a table
             positions = positions.clamp(max=self.context - 1)
         alone = own.even and own.count == 1 and self.window is None
         hidden: Tensor = self.decoder(
@@ -431,20 +435,20 @@ class _Skipped(nn.Module):
 
 def next_positions(own: RowCache, device: torch.device) -> Tensor:
     """int64 [b, q]: the new tokens of each row follow its last, one by one."""
-    starts = torch.tensor(own.starts, device=device)[:, None]
+    starts = own.starts_on(device)
     return starts if own.count == 1 else starts + torch.arange(own.count, device=device)
 
 
 def slot_positions(own: RowCache, positions: Tensor) -> Tensor:
     """int64 [b, width]: older slots lie at their own number, those of new tokens where `positions` [b, q] says."""
-    starts = torch.tensor(own.starts, device=positions.device)[:, None]
+    starts = own.starts_on(positions.device)
     slots = torch.arange(own.width, device=positions.device)[None]
     return torch.where(slots < starts, slots, positions.gather(1, (slots - starts).clamp(0, own.count - 1)))
 
 
 def attendable(own: RowCache, tree: Tensor | None, device: torch.device) -> Tensor:
     """Bool [b, 1, q, width]: each new token attends to all older slots of its row, and to new ones as `tree` says."""
-    starts = torch.tensor(own.starts, device=device)[:, None]
+    starts = own.starts_on(device)
     ahead = torch.arange(own.width, device=device)[None] - starts  # [b, width], 0 at the first new slot
     if tree is None:
         tree = torch.ones((1, own.count, own.count), dtype=torch.bool, device=device).tril()

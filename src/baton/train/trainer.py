@@ -74,7 +74,10 @@ def _adafactor(masters: list[Tensor], lr: float, weight_decay: float) -> torch.o
 
 
 class TextTrainer(Trainer):
-    """Trains anything called as `model(input_ids, attention_mask, labels, ...)` that returns aligned `logits`."""
+    """Trains anything called as `model(input_ids, attention_mask, labels, ...)` that returns aligned `logits`.
+
+    Where it also returns `exits`, pairs of a weight and logits, the loss is their weighted sum instead.
+    """
 
     optimizer: torch.optim.Optimizer | None
 
@@ -100,7 +103,11 @@ class TextTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(**inputs)
-        loss = response_loss(outputs.logits, inputs["labels"], self.options.label_smoothing, num_items_in_batch)
+        terms = outputs.get("exits") or [(1.0, outputs.logits)]
+        loss = sum(
+            weight * response_loss(logits, inputs["labels"], self.options.label_smoothing, num_items_in_batch)
+            for weight, logits in terms
+        )
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, not summed
         return (loss, outputs) if return_outputs else loss

@@ -52,6 +52,10 @@ class RowCache(Cache):
         """All rows were equally long before the latest append: no slot in use needs a mask."""
         return self._index is None
 
+    def starts_on(self, device: torch.device) -> Tensor:
+        """`starts` as int64 [rows, 1]."""
+        return torch.tensor(self.starts, device=device)[:, None]
+
     def append(self, count: int, device: torch.device | None = None) -> None:
         """Add `count` slots to every row; the next forward fills them."""
         starts = self.lengths
@@ -98,6 +102,15 @@ class RowCache(Cache):
             keys = self.keys[layer_idx] = _allocate(like, self.rows, self.capacity)
             values = self.values[layer_idx] = _allocate(like, self.rows, self.capacity)
         return keys, values
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """Have at least so many rows and slots allocated in every layer that was filled."""
+        if slots > self.capacity:
+            self._grow(slots)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                if old is not None and old.shape[0] < rows:
+                    tensors[layer] = self._sized(old, rows, self.capacity)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget all slots of each row from `lengths[row]` on."""

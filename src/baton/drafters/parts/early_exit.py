@@ -78,7 +78,9 @@ class EarlyExit(Drafter):
                 logits = target.head(states[-1])[:, 0].float()
                 newest, broken = self._choose(requests, tokens, drawn, logits)
                 open_rows -= broken
-                sure = logits.softmax(-1).gather(1, torch.tensor(newest, device=target.device)[:, None])[:, 0].tolist()
+                sure = [1.0] * len(newest)
+                if any(thresholds):
+                    sure = logits.softmax(-1)[range(len(newest)), newest].tolist()
                 for row in list(open_rows):
                     tokens[row].append(newest[row])
                     ended = newest[row] in self.engine.rules.ends

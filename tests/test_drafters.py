@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import corpora
 import handoffs
 import pytest
 import tiny
@@ -99,6 +100,9 @@ def drafters(writer: Writer, other: Writer) -> dict[str, Drafter]:
         def load(self, engine: Any) -> Writer:
             return writer
 
+    rasd = make(f"rasd:datastore={corpora.noise()},min_span=1,num_draft_tokens=9,base=plain")
+    rasd.drafter = Local(num_draft_tokens=5, branches=2)  # type: ignore[attr-defined]
+
     return {
         "prompt-lookup": make("prompt-lookup:num_draft_tokens=4"),
         "token-recycling": make("token-recycling:num_draft_tokens=20"),
@@ -111,6 +115,9 @@ def drafters(writer: Writer, other: Writer) -> dict[str, Drafter]:
         "layerskip": make("layerskip:exit_layer=1,num_draft_tokens=4"),
         "del": make("del"),
         "del, restless": Restless(num_draft_tokens=4),
+        "rest": make(f"rest:datastore={corpora.noise()},min_span=1,num_draft_tokens=12"),
+        "rasd": rasd,
+        "rasd, token-recycling": make(f"rasd:datastore={corpora.noise()},min_span=1,base=token-recycling"),
         "adversary": Adversary(),
     }
 

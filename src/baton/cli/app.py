@@ -7,13 +7,27 @@ import typer
 from typer.core import TyperGroup
 
 from baton import __version__
-from baton.cli import audit, bench, demo, evaluate, generate, info, label, report, tune
+from baton.cli import audit, bench, build_datastore, demo, evaluate, generate, info, label, report, tune
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 TRAIN_HELP = "Train a hand-off from a large model to a small one."
-ORDER = ["generate", "train", "eval", "label", "bench", "report", "profile", "tune", "doctor", "audit", "demo", "info"]
+ORDER = [
+    "generate",
+    "train",
+    "eval",
+    "label",
+    "bench",
+    "report",
+    "profile",
+    "tune",
+    "doctor",
+    "audit",
+    "build-datastore",
+    "demo",
+    "info",
+]
 
 
 class LazyGroup(TyperGroup):
@@ -68,6 +82,7 @@ bench.register(app)
 report.register(app)
 tune.register(app)
 audit.register(app)
+build_datastore.register(app)
 demo.register(app)
 info.register(app)
 

@@ -49,21 +49,23 @@ class DraftModel(SmallModel):
         texts = [request.tokens if self.same else self._own_ids(request) for request in requests]
         most = self.num_draft_tokens if self.branches == 1 else self.max_depth
         depths = [self.depth(request, row, len(texts[row]), most) for row, request in enumerate(requests)]
+        self.first = None
         if not any(depths):
             return [NOTHING] * len(requests)
         self.forget_wrong(texts)
-        drafts = self._trees(requests, texts, depths) if self.branches > 1 else self._chains(requests, texts, depths)
+        logits = self.feed(self.pending(texts, depths))
+        drafts = self._trees(requests, depths, logits) if self.branches > 1 else self._chains(requests, depths, logits)
         if self.same:
+            self.first = logits
             return drafts
         return [
             self._translate(request, text, draft) for request, text, draft in zip(requests, texts, drafts, strict=True)
         ]
 
-    def _chains(self, requests: Sequence[Request], texts: list[list[int]], depths: list[int]) -> list[Draft]:
+    def _chains(self, requests: Sequence[Request], depths: list[int], logits: Tensor) -> list[Draft]:
         tokens: list[list[int]] = [[] for _ in requests]
         drawn: list[list[Tensor]] = [[] for _ in requests]
         open_rows = {row for row, depth in enumerate(depths) if depth}
-        logits = self.feed(self.pending(texts, depths))
         while open_rows:
             choice = logits.argmax(-1).tolist()
             sure = logits.float().softmax(-1).amax(-1).tolist() if self.min_confidence else None
@@ -97,10 +99,10 @@ class DraftModel(SmallModel):
         )
         return draw(q, [uniform(*key) for key in keys]).tolist()
 
-    def _trees(self, requests: Sequence[Request], texts: list[list[int]], depths: list[int]) -> list[Draft]:
+    def _trees(self, requests: Sequence[Request], depths: list[int], logits: Tensor) -> list[Draft]:
         """Level by level the most probable nodes go on; what is kept are the most probable paths. arXiv 2406.16858."""
         builders = [Growing() for _ in requests]
-        logits = self.feed(self.pending(texts, depths))[:, None]
+        logits = logits[:, None]
         frontiers: list[list[int]] = [[ROOT] for _ in requests]
         for level in range(max(depths)):
             best = logits.float().log_softmax(-1).topk(min(self.branches, logits.shape[-1]), dim=-1)

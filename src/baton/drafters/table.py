@@ -15,6 +15,8 @@ METHODS = {
     "draft-model": "baton.drafters.draft_model:DraftModel",
     "handoff": "baton.drafters.handoff:HandoffDrafter",
     "token-recycling": "baton.drafters.token_recycling:TokenRecycling",
+    "rest": "baton.drafters.rest:Rest",
+    "rasd": "baton.drafters.rasd:Rasd",
     "layerskip": "baton.drafters.layerskip:LayerSkip",
     "del": "baton.drafters.dynamic_exit:DynamicExit",
 }

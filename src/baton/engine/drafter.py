@@ -32,7 +32,7 @@ class Seen:
     """One pass of the target over drafts, and what was kept of them."""
 
     requests: Sequence[Request]  # before the new tokens are appended
-    drafts: Sequence[Draft]
+    drafts: Sequence[Draft]  # as verified: another method may have added nodes to what was proposed
     verdicts: Sequence[Verdict | None]  # None: the row has failed
     logits: Tensor  # [b, n + 1, V], of the root and each node, padded, in the model's dtype; -inf for banned tokens
     hidden: dict[int, Tensor]  # layer -> [b, n + 1, d] of the layers that the drafter wants
@@ -56,11 +56,14 @@ class Drafter:
         name: as users say it, and as provenance shows it.
         layers: target layers whose outputs it wants to see; 0 is the embeddings.
         begun: the layers that it has already sent its latest drafts through, if any; the target's pass goes on there.
+        first: of drafters that are models, their logits [b, V] after each row's newest token, of the latest `propose`;
+            of a row that got no draft they mean nothing. None: not known.
     """
 
     name = "plain"
     layers: frozenset[int] = frozenset()
     begun: "Begun | None" = None
+    first: Tensor | None = None
 
     @property
     def draws(self) -> bool:

@@ -94,10 +94,12 @@ class SmallModel(Drafter):
         """
         texts = [request.tokens for request in requests]
         depths = [self.depth(request, row, len(texts[row]), most) for row, request in enumerate(requests)]
+        self.first = None
         if not any(depths):
             return depths, None
         self.forget_wrong(texts)
-        return depths, self.feed(self.pending(texts, depths))
+        self.first = self.feed(self.pending(texts, depths))
+        return depths, self.first
 
     def depth(self, request: Request, row: int, length: int, most: int) -> int:
         """How deep a draft of a row may be, whose text is so long in the small model's tokens."""

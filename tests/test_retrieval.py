@@ -338,7 +338,7 @@ def test_the_command(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     llama.tokenizer.save_pretrained("model")
-    Path("a.txt").write_text("The cat sat on the mat.\nThe dog ran.", encoding="utf-8")
+    Path("a.txt").write_text("The cat sat on the mat.\nThe dog ran.\n", encoding="utf-8")
     rows = [{"prompt": "Die Katze", "text": " schläft im Haus."}, {"text": "Wir lesen."}]
     Path("b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -361,7 +361,7 @@ def test_the_command(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     assert "of 3 texts" in done.stderr
     assert follows("Die Katze") == "schläft im Haus."
-    assert follows("mat.\nThe dog") == "ran."
+    assert follows("mat.\nThe dog") == "ran.\n"
     assert follows("Wir lesen.") == ""
     before = {path: path.read_bytes() for path in Path("store").iterdir()}
 

@@ -19,6 +19,10 @@ METHODS = {
     "rasd": "baton.drafters.rasd:Rasd",
     "layerskip": "baton.drafters.layerskip:LayerSkip",
     "del": "baton.drafters.dynamic_exit:DynamicExit",
+    "rsd-c": "baton.drafters.rsd:ConstantBranching",
+    "rsd-s": "baton.drafters.rsd:StochasticBeams",
+    "dyspec": "baton.drafters.dyspec:DySpec",
+    "pearl": "baton.drafters.pearl:Pearl",
 }
 # Those that need nothing but the target.
 WITHOUT_MODEL = ["prompt-lookup", "token-recycling"]

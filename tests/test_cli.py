@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import baton
 from baton.cli import app
+from baton.cli.app import ORDER
 from baton.cli.command import command
 from baton.cli.options import Machine, expand, field_help, on_cli
 from baton.cli.sources import check_source
@@ -39,6 +40,8 @@ COMMANDS = [
     "bench serve",
     "bench compare",
     "report",
+    "build-table",
+    "calibrate-tree",
     "tune",
     "doctor",
     "audit",
@@ -107,7 +110,7 @@ def test_commands_are_listed_in_order() -> None:
     text = run("--help").stdout.split("Commands")[1].split("Examples")[0]
     found = [line.split()[1] for line in text.splitlines() if line.startswith("│ ") and line[2] != " "]
     assert found[:6] == ["generate", "train", "eval", "label", "bench", "report"]
-    assert found[6:] == ["profile", "tune", "doctor", "audit", "demo", "info"]
+    assert found == ORDER
 
 
 @pytest.mark.parametrize(

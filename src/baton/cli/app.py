@@ -7,7 +7,20 @@ import typer
 from typer.core import TyperGroup
 
 from baton import __version__
-from baton.cli import audit, bench, build_datastore, demo, evaluate, generate, info, label, report, tune
+from baton.cli import (
+    audit,
+    bench,
+    build_datastore,
+    build_table,
+    calibrate,
+    demo,
+    evaluate,
+    generate,
+    info,
+    label,
+    report,
+    tune,
+)
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
@@ -21,6 +34,8 @@ ORDER = [
     "bench",
     "report",
     "profile",
+    "build-table",
+    "calibrate-tree",
     "tune",
     "doctor",
     "audit",
@@ -81,6 +96,8 @@ label.register(app)
 bench.register(app)
 report.register(app)
 tune.register(app)
+build_table.register(app)
+calibrate.register(app)
 audit.register(app)
 build_datastore.register(app)
 demo.register(app)

@@ -15,6 +15,8 @@ METHODS = {
     "draft-model": "baton.drafters.draft_model:DraftModel",
     "handoff": "baton.drafters.handoff:HandoffDrafter",
     "token-recycling": "baton.drafters.token_recycling:TokenRecycling",
+    "aded": "baton.drafters.aded:Aded",
+    "stand": "baton.drafters.stand:Stand",
     "rest": "baton.drafters.rest:Rest",
     "rasd": "baton.drafters.rasd:Rasd",
     "layerskip": "baton.drafters.layerskip:LayerSkip",

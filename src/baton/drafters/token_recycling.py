@@ -7,10 +7,11 @@ them. Helps a little everywhere; trained drafters accept more.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from weakref import WeakKeyDictionary
 
 from baton.draft import Draft, PathTemplate
+from baton.drafters.parts.templates import load_tree
 from baton.engine.drafter import Drafter, Joined, Seen, at_least
 from baton.engine.request import Request
 
@@ -24,8 +25,10 @@ Table = dict[int, list[int]]  # token -> what may follow it, best first
 class TokenRecycling(Drafter):
     num_draft_tokens: int = 80  # nodes of the tree; fewer suit machines on which every row of a pass costs time
     max_depth: int = 6  # longest path of the tree
+    tree: str = ""  # file that `baton calibrate-tree` wrote: its tree, instead of one grown to these numbers
     shared: bool = False  # keep what was learned from earlier requests, and from others that are being written
     name = "token-recycling"
+    ranks = len(RANKS)
     _tables: "WeakKeyDictionary[Request, Table]" = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
@@ -33,6 +36,7 @@ class TokenRecycling(Drafter):
 
     def __post_init__(self) -> None:
         at_least(self, num_draft_tokens=1, max_depth=1)
+        _ = self._template  # a file that cannot be used is better known at once
 
     def join(self, joined: Joined) -> None:
         for request in joined.requests:
@@ -42,11 +46,10 @@ class TokenRecycling(Drafter):
                     table[token] = [following, *known][: len(RANKS)]
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
-        template = PathTemplate.grown(RANKS, self.num_draft_tokens, self.max_depth)
         drafts = []
         for request in requests:
             following = partial(_following, self._table(request))
-            drafts.append(template.within(request.room).fill(request.tokens[-1], following, self.name))
+            drafts.append(self._template.within(request.room).fill(request.tokens[-1], following, self.name))
         return drafts
 
     def observe(self, seen: Seen) -> None:
@@ -60,6 +63,12 @@ class TokenRecycling(Drafter):
                 table[token] = following
             for node in (-1, *verdict.accepted):  # a token may stand at several nodes: what was accepted counts
                 table[nodes[node + 1]] = rows[node + 1]
+
+    @cached_property
+    def _template(self) -> PathTemplate:
+        if self.tree:
+            return load_tree(self.tree, self.name, self.ranks)
+        return PathTemplate.grown(RANKS, self.num_draft_tokens, self.max_depth)
 
     def _table(self, request: Request) -> Table:
         return self._common if self.shared else self._tables.setdefault(request, {})

@@ -24,7 +24,7 @@ SUITE = Suite(name="s", version="1", source="", licence="", tasks=tuple(Task(pro
 
 @pytest.fixture(autouse=True)
 def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "PATIENCE", 1)
+    monkeypatch.setattr("baton.machine.PATIENCE", 1)
     for name in ("COLUMNS", "TERMINAL_WIDTH"):
         monkeypatch.setenv(name, "200")
     monkeypatch.setenv("NO_COLOR", "1")

@@ -88,7 +88,7 @@ def bench_decode(
         max_new_tokens=max_new_tokens,
         batch_sizes=list(batch_sizes),
         repeats=repeats,
-        machine=machine() | {"bandwidth_gb_s": bandwidth_gb_s()},
+        machine=machine() | {"bandwidth_gb_s": bandwidth_gb_s(writer.lm.device)},
         versions=versions("torch", "transformers", "baton-decoding"),
         git=revision(),
         absent=absent,

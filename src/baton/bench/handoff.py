@@ -122,7 +122,7 @@ def bench_handoff(
             "git": revision(),
             "command": command,
         },
-        machine=machine() | {"bandwidth_gb_s": bandwidth_gb_s()},
+        machine=machine() | {"bandwidth_gb_s": bandwidth_gb_s(device)},
         versions=versions("torch", "transformers", "baton-decoding"),
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.bench.record import SCHEMA, Record, Run, read_run
+from baton.machine import BUSY
 from baton.types import TARGET
 
 RESAMPLES = 1000
@@ -249,6 +250,3 @@ def _summary(
         conventions=conventions(fine),
         busy=sum(r.probe_s > BUSY * usual for r in own) / len(own) if usual else 0.0,
     )
-
-
-BUSY = 1.5  # times the usual duration of the probe, from which a machine counts as busy

@@ -6,23 +6,21 @@ What is done is on disk after every group; the same command continues.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from baton.bench.contenders import Contender, failed
-from baton.bench.metrics import BUSY
 from baton.bench.record import Record, Run, read_run, to_json
 from baton.bench.suites import Suite
 from baton.data.storage import append_jsonl, storage_errors
 from baton.errors import BatonError
-from baton.machine import probe_s
+from baton.machine import Quiet
 from baton.models.prompts import tokenize_prompts
 from baton.models.writer import Writer
 from baton.types import Output
 
 Progress = Callable[[str, int, int], None]
 Unit = tuple[str, int, int, int]  # suite, batch size, repeat, group
-PATIENCE = 10  # times that a busy machine is looked at again, a second later each
 
 
 def measure(
@@ -84,7 +82,7 @@ def measure_group(
     suite: Suite,
     indices: Sequence[int],
     unit: Unit,
-    quiet: "Quiet",
+    quiet: Quiet,
     seed: int = 0,
 ) -> list[Record]:
     """One group of prompts, written by each contender in turn.
@@ -155,28 +153,3 @@ def _resume(run: Run, out: Path | None, overwrite: bool) -> tuple[Run, list[Reco
     with storage_errors(out):
         out.unlink()
     return run, []
-
-
-class Quiet:
-    """Knows how long the probe takes on this machine when nothing else runs."""
-
-    def __init__(self, known: Iterable[float] = ()) -> None:
-        self.usual = min([seconds for seconds in known if seconds] + [probe_s() for _ in range(10)])
-        self.in_vain = 0  # waits in a row
-
-    def wait(self) -> float:
-        """Wait until the machine is quiet, or for `PATIENCE` seconds, unless that was in vain lately.
-
-        Returns: the probe's last duration.
-        """
-        patience = PATIENCE if self.in_vain < 2 else 1  # threads of another engine may be what keeps it busy
-        for turn in range(patience):
-            probe = probe_s()
-            self.usual = min(self.usual, probe)
-            if probe <= BUSY * self.usual:
-                self.in_vain = 0
-                return probe
-            if turn < patience - 1:
-                time.sleep(1)
-        self.in_vain += 1
-        return probe

@@ -13,10 +13,11 @@ from typing import Any
 from baton.bench.contenders import PLAIN, Ours
 from baton.bench.metrics import Interval, groups, interval, speedup
 from baton.bench.record import Record
-from baton.bench.runner import Quiet, measure_group, write
+from baton.bench.runner import measure_group, write
 from baton.bench.suites import Suite
 from baton.drafters import make
 from baton.errors import BatonError
+from baton.machine import Quiet
 from baton.models.prompts import tokenize_prompts
 from baton.models.writer import Writer
 from baton.runtime.profile import measure_profile

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from baton.data.storage import atomic_write, cache_folder
-from baton.machine import machine, probe_s, seconds_of
+from baton.machine import BUSY_PASS, Quiet, machine, seconds_of
 from baton.models.adapter import Target, runtime_of, target_for
 from baton.models.writer import PromptInputs, Writer
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (64, 512, 2048)
 BATCHES = (1, 8)
-BUSY = 3.0  # times the usual duration of the probe
 PATIENCE = 5  # times that a pass is measured again on a busy machine
 
 
@@ -78,8 +77,7 @@ def measure_profile(
         contexts = tuple(c for c in contexts if c + min(rows) <= target.context) or (1,)
         rows = tuple(r for r in rows if min(contexts) + r <= target.context)
         contexts = tuple(c for c in contexts if c + max(rows) <= target.context) or contexts[:1]
-    usual = min(probe_s() for _ in range(3))
-    seconds, busy, done = [], 0, 0
+    seconds, busy, done, quiet = [], 0, 0, Quiet(bound=BUSY_PASS)
     for batch in batches:
         by_context = []
         for context in contexts:
@@ -87,10 +85,10 @@ def measure_profile(
             found = []
             for count in rows:
                 for left in range(PATIENCE, 0, -1):
-                    quiet = probe_s() < BUSY * usual
+                    slowed = quiet.busy()
                     median = statistics.median(passes(count, repeats))
-                    quiet &= probe_s() < BUSY * usual
-                    if quiet:
+                    slowed |= quiet.busy()
+                    if not slowed:
                         break
                     busy += left == 1
                 found.append(median)

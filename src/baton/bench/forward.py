@@ -16,16 +16,17 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from baton.bench.peers.table import Absent
-from baton.bench.shapes import PASS_PEERS, SHAPES
+from baton.bench.peers.table import PEERS, make_passes
+from baton.bench.shapes import SHAPES
 from baton.errors import BatonError, MemoryShort, UnknownOption, nearest
-from baton.machine import bandwidth_gb_s, free_bytes, machine, probe_s, revision, seconds_of, versions
+from baton.machine import BUSY_PASS, Quiet, bandwidth_gb_s, free_bytes, machine, revision, seconds_of, versions
 from baton.models.adapter import runtime_of, target_for
 from baton.models.writer import PromptInputs
 from baton.runtime import prepare
 from baton.types import RuntimeName
 
 OURS = "baton"
+COPIES = {"llama.cpp": 1, "ctranslate2": 2, "openvino": 3}  # of the weights, while a peer takes them over
 SETTLE_S = 0.005  # threads of one engine spin for a while after its work is done, and would slow the next
 
 
@@ -33,12 +34,19 @@ class Engine(Protocol):
     """Something that holds a sequence and can look at what might follow."""
 
     name: str
+    lacks: str  # which of the two it cannot be timed at and why, or nothing
 
-    def begin(self, ids: list[int]) -> None:
-        """Forget everything and read a prompt. (An encoder-decoder reads it with its encoder, and its decoder too.)"""
+    def begin(self, ids: list[int]) -> float | None:
+        """Forget everything and read a prompt. (An encoder-decoder reads it with its encoder, and its decoder too.)
 
-    def look(self, ids: list[int]) -> None:
-        """One pass over these tokens, logits for each, and back to where it was."""
+        Returns: seconds; None where they are not those of other engines' work.
+        """
+
+    def look(self, ids: list[int]) -> float | None:
+        """One pass over these tokens, logits for each; then, no longer timed, back to where it was.
+
+        Returns: seconds; None where it has no such pass.
+        """
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Cost:
     seconds: float
     low: float
     high: float
-    gb_s: float  # bytes of the weights that a pass reads, over the median
+    gb_s: float | None  # bytes of the weights that a pass of ours reads, over the median; others store what they like
 
 
 @dataclass(kw_only=True)
@@ -75,7 +83,7 @@ def bench_forward(
     *,
     rows: Sequence[int] = (1, 2, 4, 8, 16, 32),
     contexts: Sequence[int] = (64, 512, 2048),
-    peers: Sequence[str] = PASS_PEERS,
+    peers: Sequence[str] = ("transformers", "llama.cpp"),
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     runtime: RuntimeName = "auto",
@@ -88,7 +96,7 @@ def bench_forward(
     Args:
         shape: one of `SHAPES`.
         rows: tokens of a pass; contexts: tokens before it.
-        peers: of `PASS_PEERS`; one that cannot take part is reported as absent.
+        peers: of `PEERS`; one that cannot take part is reported as absent, and so is what one cannot be timed at.
         runtime: ours; with `int8`, llama.cpp has its weights in eight bits too.
         repeats: of each pass, 3 or more; engines take turns within each.
         progress: called with (what, done, total).
@@ -97,21 +105,18 @@ def bench_forward(
     """
     config = shape_config(shape)
     for peer in peers:
-        if peer not in PASS_PEERS:
-            raise UnknownOption(f"no peer {peer!r} for single passes: {nearest(peer, PASS_PEERS)}")
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and max(contexts) + max(rows) > limit:
-        raise BatonError(f"{max(contexts)} + {max(rows)} positions are more than {shape} has ({limit})")
-    model = random_model(shape, dtype, device, "eager", copies=2 if "llama.cpp" in peers else 1)
+        if peer not in PEERS:
+            raise UnknownOption(f"no peer {peer!r}: {nearest(peer, PEERS)}")
+    check_positions(shape, max(contexts), max(rows))
+    copies = 1 + sum(COPIES.get(peer, 0) for peer in peers)
+    model = random_model(shape, dtype, device, "eager", copies=copies)
     engines, absent = _engines(model, peers, runtime, max(contexts) + max(rows) + 1)
     ours = engines[0]
     assert isinstance(ours, Baton)
     halved = dtype.itemsize if runtime_of(ours.model).name == "int8" else 1
-    read = dict.fromkeys((engine.name for engine in engines), weight_bytes(model)) | {
-        OURS: weight_bytes(model) // halved
-    }
+    read = weight_bytes(model) // halved
     costs: list[Cost] = []
-    usual, busy, done, repeats = probe_s(), 0, 0, max(3, repeats)
+    quiet, busy, done, repeats = Quiet(bound=BUSY_PASS), 0, 0, max(3, repeats)
     total = len(contexts) * (1 + len(rows))
     for context in contexts:
         prompt = torch.randint(3, config.vocab_size, (context,)).tolist()
@@ -120,17 +125,22 @@ def bench_forward(
             ids = torch.randint(3, config.vocab_size, (count,)).tolist()
             seconds: dict[str, list[float]] = {engine.name: [] for engine in engines}
             for repeat in range(max(3, repeats // 5) if what == "prompt" else repeats):
-                busy += probe_s() > 3 * usual
+                busy += quiet.busy()
                 for engine in engines if repeat % 2 else engines[::-1]:
                     time.sleep(SETTLE_S)
                     if what == "prompt":
-                        seconds[engine.name].append(seconds_of(lambda: engine.begin(prompt)))  # noqa: B023 (called at once)
+                        taken = engine.begin(prompt)
                     else:
                         engine.look(ids)  # as in decoding, where a pass follows a pass
-                        seconds[engine.name].append(seconds_of(lambda: engine.look(ids)))  # noqa: B023
+                        taken = engine.look(ids)
+                    if taken is not None:
+                        seconds[engine.name].append(taken)
             for name, values in seconds.items():
+                if not values:
+                    continue
                 low, median, high = statistics.quantiles(values, n=4)
-                costs.append(Cost(name, what, context, count, median, low, high, round(read[name] / median / 1e9, 1)))
+                gb_s = round(read / median / 1e9, 1) if name == OURS else None
+                costs.append(Cost(name, what, context, count, median, low, high, gb_s))
             done += 1
             if progress is not None:
                 progress(f"context {context}", done, total)
@@ -146,7 +156,7 @@ def bench_forward(
             "git": revision(),
             "command": command,
         },
-        machine=machine() | {"bandwidth_gb_s": bandwidth_gb_s()},
+        machine=machine() | {"bandwidth_gb_s": bandwidth_gb_s(device)},
         versions=versions("torch", "transformers", "baton-decoding"),
         absent=absent,
         remarks=[f"the machine was busy before {busy} passes"] if busy else [],
@@ -156,46 +166,25 @@ def bench_forward(
 class Baton:
     """Our engine's target, stock or faster."""
 
+    lacks = ""
+
     def __init__(self, name: str, model: PreTrainedModel) -> None:
         self.name, self.model, self.target = name, model, target_for(model)
 
-    def begin(self, ids: list[int]) -> None:
+    def begin(self, ids: list[int]) -> float:
+        return seconds_of(lambda: self._begin(ids))
+
+    def _begin(self, ids: list[int]) -> None:
         prompt = torch.tensor([ids], device=self.target.device)
         _, self.memory = self.target.prefill(PromptInputs(ids=prompt, mask=torch.ones_like(prompt)))
         if not self.target.reads_prompt:
             self.target.forward(prompt, self.memory)
 
-    def look(self, ids: list[int]) -> None:
+    def look(self, ids: list[int]) -> float:
         before = list(self.memory.lengths)
-        self.target.forward(torch.tensor([ids], device=self.target.device), self.memory)
+        taken = seconds_of(lambda: self.target.forward(torch.tensor([ids], device=self.target.device), self.memory))
         self.memory.truncate(before)
-
-
-class Transformers:
-    """The model's own call with transformers' own cache."""
-
-    name = "transformers"
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model: Any = model
-
-    @torch.inference_mode()
-    def begin(self, ids: list[int]) -> None:
-        prompt = torch.tensor([ids], device=self.model.device)
-        if self.model.config.is_encoder_decoder:
-            made = self.model(input_ids=prompt, decoder_input_ids=prompt, use_cache=True)
-            self.given = {"encoder_outputs": (made.encoder_last_hidden_state,)}
-        else:
-            made = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-            self.given = {}
-        self.past = made.past_key_values
-
-    @torch.inference_mode()
-    def look(self, ids: list[int]) -> None:
-        new = torch.tensor([ids], device=self.model.device)
-        name = "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
-        self.model(**{name: new}, past_key_values=self.past, use_cache=True, **self.given)
-        self.past.crop(-len(ids))
+        return taken
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -210,23 +199,15 @@ def _engines(
 ) -> tuple[list[Engine], list[str]]:
     engines: list[Engine] = []
     absent: list[str] = []
-    if "transformers" in peers:
-        engines.append(Transformers(model))
-    if "llama.cpp" in peers:
+    for name in peers:
         try:
-            from baton.bench.peers.llama_cpp import FAMILIES, Passes
-        except ImportError as error:
-            absent.append(f"llama.cpp is absent: {error.name} is not installed (pip install 'baton-decoding[peers]')")
-        else:
-            try:
-                if model.config.model_type not in FAMILIES:
-                    raise Absent(f"llama.cpp is left out: here it runs {', '.join(FAMILIES)}")
-                engines.append(Passes(model, context, q8=runtime == "int8"))
-            except (BatonError, ValueError, OSError, RuntimeError) as error:  # the others go on
-                absent.append(str(error))
+            engines.append(make_passes(name, model, context, int8=runtime == "int8"))
+        except (BatonError, ValueError, OSError, RuntimeError) as error:  # the others go on
+            absent.append(str(error))
     ours = copy.deepcopy(model) if runtime == "packed" else model  # the others leave its own call as it was
     prepare(ours, runtime)
-    return [Baton(OURS, ours), *engines], absent
+    engines = [Baton(OURS, ours), *engines]
+    return engines, absent + [engine.lacks for engine in engines if engine.lacks]
 
 
 def shape_config(shape: str) -> Any:
@@ -235,6 +216,15 @@ def shape_config(shape: str) -> Any:
         raise UnknownOption(f"no shape {shape!r}: {nearest(shape, SHAPES)}")
     kind, settings = SHAPES[shape]
     return AutoConfig.for_model(kind, **settings)
+
+
+def check_positions(shape: str, context: int, new: int) -> None:
+    """Raises: BatonError where a shape's table of positions ends before so many new ones after a context."""
+    limit = getattr(shape_config(shape), "max_position_embeddings", None)
+    if limit is not None and context + new > limit:
+        raise BatonError(
+            f"{context} + {new} positions are more than {shape} has ({limit}): give --context {limit - new} or less"
+        )
 
 
 def random_model(

@@ -25,4 +25,3 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-base": ("t5", _T5 | {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}),
     "t5-large": ("t5", _T5 | {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16}),
 }
-PASS_PEERS = ("transformers", "llama.cpp")  # engines that single passes are compared with

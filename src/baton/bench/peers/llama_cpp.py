@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from baton.bench.peers.table import Absent
+from baton.machine import seconds_of
 from baton.models.loading import LanguageModel, load
 from baton.models.prompts import tokenize_prompts
 from baton.models.writer import Writer
@@ -200,16 +201,21 @@ def _add_vocabulary(out: gguf.GGUFWriter, tokenizer: Any) -> None:
 class Passes:
     """Single passes, for `baton bench forward`."""
 
-    def __init__(self, model: PreTrainedModel, context: int, *, q8: bool = False) -> None:
-        self.name = "llama.cpp Q8_0" if q8 else "llama.cpp"
-        self.llama = open_llama(model, context, q8=q8)
+    lacks = ""
 
-    def begin(self, ids: list[int]) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, *, int8: bool = False) -> None:
+        if model.config.model_type not in FAMILIES:
+            raise Absent(f"llama.cpp is left out: here it runs {', '.join(FAMILIES)}")
+        self.name = "llama.cpp Q8_0" if int8 else "llama.cpp"
+        self.llama = open_llama(model, context, q8=int8)
+
+    def begin(self, ids: list[int]) -> float:
         self.llama.reset()
-        self.llama.eval(ids)
+        return seconds_of(lambda: self.llama.eval(ids))
 
-    def look(self, ids: list[int]) -> None:
+    def look(self, ids: list[int]) -> float:
         llama, length = self.llama, self.llama.n_tokens
         llama._batch.set_batch(batch=ids, n_past=length, logits_all=True)
-        llama._ctx.decode(llama._batch)
+        taken = seconds_of(lambda: llama._ctx.decode(llama._batch))
         llama._ctx.kv_cache_seq_rm(-1, length, -1)
+        return taken

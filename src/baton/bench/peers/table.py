@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from baton.errors import BatonError, UnknownOption, nearest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from baton.bench.contenders import Contender
+    from baton.bench.forward import Engine
     from baton.models.writer import Writer
 
 # name: module, what it is installed as
@@ -28,11 +32,27 @@ def make_peers(name: str, writer: "Writer", *, max_new_tokens: int, assistant: s
 
     Raises: UnknownOption for another name; Absent when it cannot take part.
     """
+    made: Sequence[Contender] = _module(name).contenders(writer, max_new_tokens, assistant)
+    return made
+
+
+def make_passes(name: str, model: "PreTrainedModel", context: int, *, int8: bool = False) -> "Engine":
+    """Single passes of one peer, for `baton bench forward`, on the model's weights.
+
+    Args:
+        context: most positions that will be asked for.
+        int8: the peer's own weights in eight bits, where it has such.
+    Raises: UnknownOption for another name; Absent when it cannot take part.
+    """
+    made: Engine = _module(name).Passes(model, context, int8=int8)
+    return made
+
+
+def _module(name: str) -> ModuleType:
     if name not in PEERS:
         raise UnknownOption(f"no peer {name!r}: {nearest(name, PEERS)}")
     module, package = PEERS[name]
     try:
-        made: Sequence[Contender] = import_module(module).contenders(writer, max_new_tokens, assistant)
+        return import_module(module)
     except ImportError as error:
         raise Absent(f"{name} is absent: {error.name or error} is not installed (pip install '{package}')") from error
-    return made

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from baton.bench.peers.table import Absent
+from baton.machine import seconds_of
 from baton.models.loading import load
 from baton.models.prompts import pad_right, tokenize_prompts
 from baton.models.writer import Writer
@@ -60,3 +62,35 @@ class TransformersPeer:
         reason: FinishReason = "length" if end is None else "eos"
         text = self.writer.response_tokenizer.decode(ids[:end], skip_special_tokens=True)
         return Output(prompt=prompt, text=text, token_ids=ids[:end], finish_reason=reason)
+
+
+class Passes:
+    """Single passes, for `baton bench forward`: the model's own call with transformers' own cache."""
+
+    name, lacks = "transformers", ""
+
+    def __init__(self, model: PreTrainedModel, context: int, *, int8: bool = False) -> None:
+        self.model: Any = model
+
+    @torch.inference_mode()
+    def begin(self, ids: list[int]) -> float:
+        prompt = torch.tensor([ids], device=self.model.device)
+
+        def read() -> None:
+            if self.model.config.is_encoder_decoder:
+                made = self.model(input_ids=prompt, decoder_input_ids=prompt, use_cache=True)
+                self.given = {"encoder_outputs": (made.encoder_last_hidden_state,)}
+            else:
+                made = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+                self.given = {}
+            self.past = made.past_key_values
+
+        return seconds_of(read)
+
+    @torch.inference_mode()
+    def look(self, ids: list[int]) -> float:
+        new = torch.tensor([ids], device=self.model.device)
+        name = "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
+        taken = seconds_of(lambda: self.model(**{name: new}, past_key_values=self.past, use_cache=True, **self.given))
+        self.past.crop(-len(ids))
+        return taken

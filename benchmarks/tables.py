@@ -19,7 +19,10 @@ PLACE = re.compile(r"(<!-- table: ([\w.-]+) -->\n)(.*?)(<!-- end of table -->)",
 
 def table(result: dict[str, Any]) -> str:
     """The table of one result, with the conditions below it."""
-    kind = _decoding if "summaries" in result else _passes if "shape" in result["settings"] else _handoff
+    kinds = {"summaries": _decoding, "points": _scale}
+    kind = next((kinds[key] for key in kinds if key in result), None)
+    if kind is None:
+        kind = _passes if "shape" in result["settings"] else _handoff
     made = kind(result)
     return f"{made}\n\n{_conditions(result)}\n"
 
@@ -52,10 +55,26 @@ def _passes(result: dict[str, Any]) -> str:
     found = {(cost["context"], cost["rows"], cost["engine"]): cost for cost in result["costs"]}
     rows = []
     for context, count in dict.fromkeys((cost["context"], cost["rows"]) for cost in result["costs"]):
-        ours, *others = (found[context, count, engine]["seconds"] for engine in engines)
-        cells = [f"{context:,}", str(count) if count else "reading it", f"{1e3 * ours:.2f}"]
-        rows.append([*cells, *(f"{1e3 * theirs:.2f} ({theirs / ours:.2f}x)" for theirs in others)])
+        cells = [f"{context:,}", str(count) if count else "reading it"]
+        ours = found[context, count, engines[0]]["seconds"]
+        for engine in engines:
+            cost = found.get((context, count, engine))  # not every engine has every pass
+            over = f" ({cost['seconds'] / ours:.2f}x)" if cost and engine != engines[0] else ""
+            cells.append(f"{1e3 * cost['seconds']:.2f}{over}" if cost else "")
+        rows.append(cells)
     return markdown_table(["context", "rows", *(f"{engine}, ms" for engine in engines)], rows)
+
+
+def _scale(result: dict[str, Any]) -> str:
+    """Tokens/s, a row per batch, a column per context; in brackets ms per step."""
+    found = {(point["batch"], point["context"]): point for point in result["points"]}
+    batches, contexts = (sorted({key[place] for key in found}) for place in (0, 1))
+    rows = []
+    for batch in batches:
+        own = [found.get((batch, context)) for context in contexts]
+        cells = [f"{p['tokens_per_second']:,.0f} ({1e3 * p['seconds']:.1f})" if p else "" for p in own]
+        rows.append([str(batch), *cells])
+    return markdown_table(["batch", *(f"context {context:,}" for context in contexts)], rows)
 
 
 def _handoff(result: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 
 from baton.bench.peers.table import PEERS
-from baton.bench.shapes import PASS_PEERS, SHAPES
-from baton.cli.command import command
+from baton.bench.shapes import SHAPES
+from baton.cli.command import command, fail
 from baton.cli.console import err, out
 from baton.cli.evaluate import measuring
 from baton.cli.generate import load_writer
@@ -44,6 +44,14 @@ def register(app: typer.Typer) -> None:
             "baton bench forward --shape llama-1b --rows 1 --rows 8 --context 2048 --peer transformers --json out.json",
         ],
     )(forward)
+    command(
+        bench_app,
+        "scale",
+        examples=[
+            "baton bench scale --shape llama-110m --plot scale.png",
+            "baton bench scale --shape llama-1b --batch 1 --batch 16 --context 512 --device cuda --json out.json",
+        ],
+    )(scale)
     command(
         bench_app,
         "handoff",
@@ -168,9 +176,7 @@ def forward(
     context: Annotated[list[int], typer.Option(min=1, help="Tokens before it, repeatable.")] = [64, 512, 2048],  # noqa: B006
     peer: Annotated[
         list[str],
-        typer.Option(
-            help=f"Other engine: {', '.join(PASS_PEERS)}, or none; repeatable.", callback=one_of([*PASS_PEERS, "none"])
-        ),
+        typer.Option(help=f"Other engine: {', '.join(PEERS)}, or none; repeatable.", callback=one_of([*PEERS, "none"])),
     ] = ["transformers", "llama.cpp"],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=3, help="Times that each pass is made.")] = 15,
     as_json: Annotated[
@@ -199,6 +205,56 @@ def forward(
         err.print(f"[yellow]{line}", soft_wrap=True)
     if not write_json(as_json, report.to_dict()):
         out.print(cost_table(report.to_dict()))
+
+
+def scale(
+    machine: Machine,
+    shape: Annotated[
+        str, typer.Option(help=f"Public shape, with random weights: {', '.join(SHAPES)}.", callback=one_of(SHAPES))
+    ] = "llama-110m",
+    batch: Annotated[list[int], typer.Option(min=1, help="Rows written together, repeatable.")] = [  # noqa: B006
+        *(1, 2, 4, 8, 16, 32, 64)
+    ],
+    context: Annotated[list[int], typer.Option(min=1, help="Tokens that each row holds, repeatable.")] = [  # noqa: B006
+        *(64, 512, 2048, 8192)
+    ],
+    repeats: Annotated[int, typer.Option(min=3, help="Steps of each batch and context.")] = 9,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the costs (.png, .svg or .pdf).")
+    ] = None,
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the costs to a file; - is stdout.")
+    ] = None,
+) -> None:
+    """Time plain decode steps: tokens per second against rows written together and tokens that they hold.
+
+    Keys and values are noise. What does not fit into memory is left out, with its size.
+    """
+    if plot is not None:  # better now than after the measurement
+        if plot.suffix not in (".png", ".svg", ".pdf"):
+            fail(f"--plot {plot}: end the name in .png, .svg or .pdf")
+        plot.parent.mkdir(parents=True, exist_ok=True)
+    machine.prepare()
+    from baton.bench.scale import bench_scale
+    from baton.bench.scale import plot as draw
+
+    with measuring() as progress:
+        report = bench_scale(
+            shape,
+            batches=batch,
+            contexts=context,
+            **_unstored(machine),
+            repeats=repeats,
+            command=shlex.join(["baton", *sys.argv[1:]]),
+            progress=progress,
+        ).to_dict()
+    for line in [*report["absent"], *report["remarks"]]:
+        err.print(f"[yellow]{line}", soft_wrap=True)
+    if plot is not None and report["points"]:
+        draw(report, plot)
+        err.print(f"wrote {plot}", soft_wrap=True)
+    if not write_json(as_json, report):
+        out.print(scale_table(report))
 
 
 def handoff_speed(
@@ -275,9 +331,40 @@ def cost_table(report: dict[str, Any]) -> Table:
         ours = cells[context, count, engines[0]]
         shown = [f"{1e3 * ours['seconds']:.2f}"]
         for engine in engines[1:]:
-            theirs = cells[context, count, engine]["seconds"]
-            shown.append(f"{1e3 * theirs:.2f} [dim]{theirs / ours['seconds']:.2f}x")
+            theirs = cells.get((context, count, engine))  # not every engine has every pass
+            over = theirs["seconds"] / ours["seconds"] if theirs else 0
+            shown.append(f"{1e3 * theirs['seconds']:.2f} [dim]{over:.2f}x" if theirs else "")
         made.add_row(str(context), str(count) if count else "prompt", *shown, f"{ours['gb_s']}" if count else "")
+    return made
+
+
+def scale_table(report: dict[str, Any]) -> Table:
+    """One row per context and batch, its tokens/s over those of the smallest batch."""
+    settings, machine, points = report["settings"], report["machine"], report["points"]
+    made = Table(
+        title=f"{settings['shape']}, {settings['dtype']}, runtime {settings['runtime']}, {machine['threads']} threads, "
+        f"memory read at {machine['bandwidth_gb_s']} GB/s; weights {settings['weight_bytes'] / 1e6:,.0f} MB, "
+        f"a token in a row {settings['slot_bytes'] / 1e3:,.1f} kB",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("context", "MB per row", "batch", "ms per step", "", "tokens/s", "", "GB/s"):
+        made.add_column(heading, justify="right")
+    first: dict[int, dict[str, Any]] = {}
+    for point in points:
+        new = point["context"] not in first
+        smallest = first.setdefault(point["context"], point)
+        over = point["tokens_per_second"] / smallest["tokens_per_second"]
+        made.add_row(
+            f"{point['context']:,}" if new else "",
+            f"{point['cache_bytes'] / point['batch'] / 1e6:,.1f}" if new else "",
+            str(point["batch"]),
+            f"{1e3 * point['seconds']:.2f}",
+            f"[dim]\\[{1e3 * point['low']:.2f}, {1e3 * point['high']:.2f}]",
+            f"{point['tokens_per_second']:,.0f}",
+            "" if new else f"[dim]{over:.2f}x",
+            f"{point['gb_s']}",
+        )
     return made
 
 

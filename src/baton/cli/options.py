@@ -5,7 +5,10 @@ import functools
 import inspect
 import io
 import itertools
+import logging
+import os
 import re
+import sys
 import tokenize
 import types
 from collections.abc import Callable, Iterable
@@ -21,6 +24,8 @@ from baton.errors import BatonError, nearest
 from baton.types import RuntimeName
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Idle = Literal["spin", "sleep"]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,14 @@ class Machine:
     device: str | None = None  # cpu, cuda, cuda:1, mps; by itself: the first GPU, or the CPU where there is none
     runtime: RuntimeName = "auto"  # how forwards are made fast; eager is transformers' own
     threads: int = 0  # CPU threads; 0 leaves the choice to PyTorch
+    idle: Idle = "spin"  # what they do between passes: spin, to start at once; sleep leaves a shared machine's cores
+
+    def __post_init__(self) -> None:
+        """Here, not in `prepare`: OpenMP reads the variable when PyTorch is imported, and options come before that."""
+        if self.idle == "sleep":
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+            if "torch" in sys.modules:
+                log.warning("--idle sleep comes too late, PyTorch is imported already: set OMP_WAIT_POLICY=passive")
 
     def prepare(self) -> None:
         """Set the number of CPU threads and see that the device is there, before any model is loaded.

@@ -1,15 +1,20 @@
 """Tables of the documentation, made from the committed results: `python benchmarks/tables.py` writes them anew.
 
 A document names a table by a comment, `<!-- table: pycode-decode -->`, and ends it by `<!-- end of table -->`; what is
-between the two comes from `benchmarks/results/pycode-decode.json`.
+between the two comes from `benchmarks/results/pycode-decode.json`. `<!-- table: methods -->` is the list of all methods,
+read from the first lines of their files and from the results named in `MEASURED`.
 """
 
+import inspect
 import json
 import re
+from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from baton.bench.report import markdown_table
+from baton.drafters import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -109,10 +114,54 @@ def _conditions(result: dict[str, Any]) -> str:
     )
 
 
+MEASURED = {"code": "methods-code", "edit": "methods-edit", "math": "methods-math"}  # workload -> result
+PROMISE = re.compile(r"(Source|Lossless|Training|Memory|Draft cost|Helps)[: ]")
+
+
+def methods() -> str:
+    """Every method: what its file promises, and how it did on the three workloads at batch 1."""
+    results = {
+        workload: json.loads(path.read_text(encoding="utf-8"))["summaries"]
+        for workload, name in MEASURED.items()
+        if (path := RESULTS / f"{name}.json").exists()
+    }
+    rows = []
+    for name in METHODS:
+        if name == "plain":
+            continue
+        what, said = promises(name)
+        cells = [f"`{name}`", what, *(said.get(key, "") for key in ("Source", "Lossless", "Training"))]
+        cells += ["; ".join(filter(None, (said.get("Memory"), said.get("Draft cost")))), said.get("Helps", "")]
+        for summaries in results.values():
+            own = [s for s in summaries if s["batch_size"] == 1 and re.split("[:]", s["contender"])[0] == name]
+            best = max(own, key=lambda s: s["speedup"] or 0, default=None)
+            cells.append(f"{best['acceptance_length']:.2f}; {best['speedup']:.2f}x" if best else "")
+        rows.append(cells)
+    heads = ["name", "what it does", "source", "lossless", "training", "memory, draft cost", "helps"]
+    return markdown_table([*heads, *(f"{workload}: tokens per step; speed-up" for workload in results)], rows)
+
+
+def promises(name: str) -> tuple[str, dict[str, str]]:
+    """What a method does, and what the top of its file says of source, exactness, training, cost and use."""
+    module = METHODS[name].partition(":")[0]
+    first, _, rest = (inspect.getdoc(import_module(module)) or "").partition("\n")
+    paragraph = " ".join(rest.strip().split("\n\n")[0].split())
+    found = list(PROMISE.finditer(paragraph))
+    said = {
+        at[1]: paragraph[at.end() : after.start() if after else None].strip().rstrip(".")
+        for at, after in zip_longest(found, found[1:])
+    }
+    if "Helps" in said:
+        said["Helps"] = said["Helps"].split(". ")[0]
+    return first.partition(": ")[2].rstrip("."), {key: text.split(". ")[0] for key, text in said.items()}
+
+
 def filled(document: str) -> str:
     """A document with all its tables as the results have them."""
 
     def fill(place: re.Match[str]) -> str:
+        if place[2] == "methods":
+            return f"{place[1]}{methods()}\n{place[4]}"
         result = json.loads((RESULTS / f"{place[2]}.json").read_text(encoding="utf-8"))
         return f"{place[1]}{table(result)}{place[4]}"
 

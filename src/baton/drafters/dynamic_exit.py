@@ -2,8 +2,9 @@
 
 Source: arXiv 2504.05598. Lossless: yes. Training: the target's, as for `layerskip`. Memory: 4 numbers per layer and
 request, and all layers' states of a prompt while it is read. Draft cost: that of `layerskip`, and the output head over
-all layers of what was accepted (`every` thins both). After each step every layer is asked, by norm and head, what it
-would have said; how often that was the last one's token tells what a draft of each length would yield per layer run.
+all layers of what was accepted (`every` thins both). Helps where `layerskip` does. After each step every layer is
+asked, by norm and head, what it would have said; how often that was the last one's token tells what a draft of each
+length would yield per layer run.
 
 Unlike the paper and its code: agreement is counted on the accepted path, which in greedy decoding is the same; a layer
 that was never right or never wrong has a threshold too; where no draft pays, none is made; exit_layer and length are

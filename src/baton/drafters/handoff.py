@@ -1,6 +1,7 @@
 """Hand-off as drafter: the SLM of a hand-off writes ahead for its own LLM, from the states the LLM has just read.
 
 Source: arXiv 2402.16844 for the hand-off, 2211.17192 for the check. Lossless: yes. Training: the hand-off's.
+Draft cost: one pass of the SLM per token. Helps where a hand-off exists and every token must be the LLM's own.
 The prompt is encoded once: LLM and SLM share its states.
 """
 

@@ -156,10 +156,10 @@ def test_searches_count_their_visits(seed: int) -> None:
     """The root has one per iteration, children together at most their parent's; drafts are tries within bounds."""
     search = searched(dense(seed), (0, 1))
     assert search.visits[0] == 150
-    for node in range(len(search.visits)):
-        children = range(search.first[node], search.last[node]) if search.first[node] else ()
+    for node, children in enumerate(search.children):
         below = sum(search.visits[child] for child in children)
-        assert below <= search.visits[node] <= below + 1 or not children or (node == 0 and below == 150)
+        assert below <= search.visits[node] <= below + 1 or not children
+    assert sum(search.visits[child] for child in search.children[0]) == 150
     draft = search.draft(24, 30, "aded")
     assert 24 <= len(draft) <= 30 and draft.tree.depth <= 5
     for node in range(ROOT, len(draft)):

@@ -18,35 +18,36 @@ class Search:
         self.row, self.max_depth, self.random = row, max_depth, random
         self.pairs, self.parents, self.depths, self.weights = [root], [ROOT], [0], [0.0]
         self.visits, self.values = [0], [0.0]
-        self.first, self.last, self.fresh = [0], [0], [0]  # children from, to, and the first that was not visited
-        self.open = 1  # nodes that may have children and were not looked into
+        self.rows: list[Row | None] = [None]  # None: not looked into
+        self.children: list[list[int]] = [[]]  # as many as were visited, best first
+        self.open = 1  # places where the tree may still grow
 
     def run(self, iterations: int, enough: int, c1: float, c2: float) -> None:
         """Look `iterations` times, less where all is known and at most `enough` nodes were found."""
         visits, values, parents, weights = self.visits, self.values, self.parents, self.weights
-        first, last, fresh = self.first, self.last, self.fresh
         for _ in range(iterations):
             if not self.open and len(visits) <= enough + 1:
                 return
             node, value = 0, 1.0
-            while first[node]:
-                if fresh[node] < last[node]:
-                    child = fresh[node]
-                    fresh[node] += 1
+            while (row := self.rows[node]) is not None and row.tokens:
+                children = self.children[node]
+                if len(children) < len(row.tokens):  # a child without visits comes before all others
+                    node = self._grow(node, row)
                 else:
                     explore = (c1 + log((visits[node] + c2 + 1) / c2)) * sqrt(visits[node])
                     best = -1.0
-                    for each in range(first[node], last[node]):
-                        times = visits[each]
-                        score = values[each] / times + explore * weights[each] / (1 + times)
+                    for child in children:
+                        times = visits[child]
+                        score = values[child] / times + explore * weights[child] / (1 + times)
                         if score > best:
-                            best, child = score, each
-                node = child
+                            best, node = score, child
                 value += weights[node]
-            if self.depths[node] < self.max_depth and first[node] == last[node] == 0 and self._expand(node):
-                fresh[node] += 1
-                node = first[node]
-                value += weights[node]
+            if row is None and self.depths[node] < self.max_depth:
+                row = self.rows[node] = self.row(self.pairs[node])
+                self.open += len(row.tokens) - 1
+                if row.tokens:
+                    node = self._grow(node, row)
+                    value += weights[node]
             value += self._roll_out(node)
             while node != ROOT:
                 visits[node] += 1
@@ -65,26 +66,22 @@ class Search:
                 tree.add(place[node], tokens[0], source, self.visits[node] * weights[0] / sums[-1])
         return tree.draft(source, scored=True) if tree.tokens else NOTHING
 
-    def _expand(self, node: int) -> bool:
-        """Give a node all of its children; whether it has any."""
-        tokens, weights, _ = self.row(self.pairs[node])
-        count, depth = len(tokens), self.depths[node] + 1
-        self.open -= 1
-        self.last[node] = -1  # looked into
-        if not count:
-            return False
-        self.first[node] = self.fresh[node] = len(self.visits)
-        self.last[node] = len(self.visits) + count
-        second = self.pairs[node][1]
-        self.pairs += [(second, token) for token in tokens]
-        self.weights += weights
-        self.parents += [node] * count
-        self.depths += [depth] * count
-        for counter in (self.visits, self.first, self.last, self.fresh):
-            counter += [0] * count
-        self.values += [0.0] * count
-        self.open += count if depth < self.max_depth else 0
-        return True
+    def _grow(self, parent: int, row: Row) -> int:
+        """The best successor that is not a node yet."""
+        children = self.children[parent]
+        rank, node, depth = len(children), len(self.pairs), self.depths[parent] + 1
+        children.append(node)
+        self.pairs.append((self.pairs[parent][1], row.tokens[rank]))
+        self.weights.append(row.weights[rank])
+        self.parents.append(parent)
+        self.depths.append(depth)
+        self.visits.append(0)
+        self.values.append(0.0)
+        self.rows.append(None)
+        self.children.append([])
+        if depth == self.max_depth:
+            self.open -= 1
+        return node
 
     def _roll_out(self, node: int) -> float:
         """The weight of a way down from a node, each token drawn in proportion to its own."""

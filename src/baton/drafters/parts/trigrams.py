@@ -48,7 +48,8 @@ class Corpus:
     """
 
     def __init__(self, folder: str | Path, tokenizer: Any, vocabulary: int) -> None:
-        about, arrays = open_store(folder, KIND, tokenizer)
+        about, mapped = open_store(folder, KIND, tokenizer)
+        arrays = {name: np.asarray(array) for name, array in mapped.items()}  # the same memory, read with less ado
         self.keys, self.offsets = arrays["keys"], arrays["offsets"]
         self.successors, self.probabilities = arrays["successors"], arrays["probabilities"]
         if about["vocabulary"] > vocabulary:
@@ -63,7 +64,7 @@ class Corpus:
 
     def _row(self, pair: Pair) -> Row:
         key = pair[0] << 32 | pair[1]
-        place = int(np.searchsorted(self.keys, key))
+        place = int(self.keys.searchsorted(key))
         if place == len(self.keys) or self.keys[place] != key:
             return UNKNOWN
         part = slice(int(self.offsets[place]), int(self.offsets[place + 1]))

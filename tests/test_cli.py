@@ -43,6 +43,7 @@ COMMANDS = [
     "bench serve",
     "bench compare",
     "report",
+    "warmup",
     "build-table",
     "calibrate-tree",
     "tune",

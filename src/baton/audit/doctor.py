@@ -13,7 +13,7 @@ from baton.engine import Engine
 from baton.engine.rules import Rules
 from baton.errors import BatonError
 from baton.handoff.model import HandoffModel
-from baton.models.adapter import Target, target_for
+from baton.models.adapter import Target, runtime_of, target_for
 from baton.models.loading import load
 from baton.models.writer import Writer
 from baton.train.trainer import bf16_is_fast
@@ -65,7 +65,13 @@ def examine(
         target = target_for(writer.lm)
     except BatonError as error:
         return [Finding("error", str(error), "use a supported family, or transformers' own generate")]
-    findings = [*_kind(writer, target), *_dtype(writer), *_tokenizer(writer, target), *_rules(writer)]
+    findings = [
+        *_kind(writer, target),
+        *_dtype(writer),
+        *_runtime(writer, runtime),
+        *_tokenizer(writer, target),
+        *_rules(writer),
+    ]
     if method is not None:
         findings += _method(writer, target, method)
     return findings
@@ -97,6 +103,18 @@ def _dtype(writer: Writer) -> Iterator[Finding]:
         yield Finding("ok", f"{name} on {device}")
     if dtype != torch.float32:
         yield Finding("note", f"in {name} near-ties between tokens may fall either way", "baton audit counts them")
+
+
+def _runtime(writer: Writer, asked: RuntimeName) -> Iterator[Finding]:
+    name = runtime_of(writer.lm).name
+    if asked not in ("auto", name):
+        yield Finding("warning", f"runtime {asked} cannot run this model here: it runs {name}", "docs/performance.md")
+    elif name == "compiled":
+        yield Finding(
+            "ok", "runtime compiled: passes are eager until theirs is compiled", "baton warmup compiles ahead"
+        )
+    else:
+        yield Finding("ok", f"runtime {name}")
 
 
 def _tokenizer(writer: Writer, target: Target) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from baton.cli import (
     label,
     report,
     tune,
+    warmup,
 )
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -34,6 +35,7 @@ ORDER = [
     "bench",
     "report",
     "profile",
+    "warmup",
     "build-table",
     "calibrate-tree",
     "tune",
@@ -96,6 +98,7 @@ label.register(app)
 bench.register(app)
 report.register(app)
 tune.register(app)
+warmup.register(app)
 build_table.register(app)
 calibrate.register(app)
 audit.register(app)

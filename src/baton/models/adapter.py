@@ -350,14 +350,19 @@ class EncoderDecoder(Target):
     def _placing(self, positions: Tensor) -> Iterator[None]:
         """For a while, the decoder's position table gives the embeddings of these positions, per row."""
         table: Any = self.position_table
-        offset = getattr(table, "offset", 0)  # BART's table starts with two unused rows
-        # Padding may lie past the table, and so may what stock code would look up: one position per node of a tree.
-        embeddings = F.embedding((positions + offset).clamp(max=len(table.weight) - 1), table.weight)
+        embeddings = self.placed(positions)
         table.forward = lambda *args, **kwargs: embeddings
         try:
             yield
         finally:
             del table.forward
+
+    def placed(self, positions: Tensor) -> Tensor:
+        """What the decoder's position table says of positions, whatever the cache holds."""
+        table: Any = self.position_table
+        offset = getattr(table, "offset", 0)  # BART's table starts with two unused rows
+        # Padding may lie past the table, and so may what stock code would look up: one position per node of a tree.
+        return F.embedding((positions + offset).clamp(max=len(table.weight) - 1), table.weight)
 
 
 class T5(EncoderDecoder):

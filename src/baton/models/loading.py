@@ -159,8 +159,9 @@ def load(
 
 
 def beside(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `load` for a model that works with this one: of its dtype, on its device, eager if it is."""
-    runtime: RuntimeName = "eager" if runtime_of(model).name == "eager" else "auto"
+    """Arguments of `load` for a model that works with this one: its dtype and device, eager or compiled if it is."""
+    name = runtime_of(model).name
+    runtime: RuntimeName = name if name in ("eager", "compiled") else "auto"
     return {"dtype": model.dtype, "device": model.device, "runtime": runtime}
 
 

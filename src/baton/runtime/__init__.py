@@ -20,7 +20,8 @@ def prepare(model: PreTrainedModel, runtime: RuntimeName = "auto") -> str:
         runtime: `eager` leaves it as transformers made it; `native` (compiled layers, see `runtime.native`) changes
             nothing in it; `int8` is native on copies of the weights in int8, half to read and not quite the same: for
             draft models; `packed` (see `runtime.packed`) lays its weights out anew, so that it can no longer be saved
-            or trained; `auto` is native where that runs the model, and eager elsewhere.
+            or trained; `compiled` (see `runtime.compiled`) has decode passes compiled by PyTorch, beside the requests,
+            and changes nothing in it; `auto` is native where that runs the model, and eager elsewhere.
     Returns: the name of what runs it. Where that is not what was asked for, the reason is logged, once.
     Raises: UnknownOption for another name.
     """
@@ -31,8 +32,12 @@ def prepare(model: PreTrainedModel, runtime: RuntimeName = "auto") -> str:
 
     if runtime == "eager":
         return runtime
-    ways = {"packed": pack, "int8": make_int8}
-    reason = ways.get(runtime, make_native)(model)
+    if runtime == "compiled":
+        from baton.runtime.compiled import make_compiled  # the compiler takes a while to import
+
+        reason = make_compiled(model)
+    else:
+        reason = {"packed": pack, "int8": make_int8}.get(runtime, make_native)(model)
     if not reason:
         return runtime_of(model).name
     if runtime != "auto" and reason not in _said:

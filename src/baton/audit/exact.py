@@ -89,6 +89,7 @@ def audit(
     batch_sizes: Sequence[int] = (1, 7, 32),
     law_runs: int = 4000,
     progress: Progress | None = None,
+    on_method: Callable[[AuditReport], None] | None = None,
 ) -> AuditReport:
     """Compare methods with plain decoding: greedy and seeded sampling, alone and in ragged batches.
 
@@ -97,11 +98,21 @@ def audit(
             is compared, and the joint law of two sampled tokens is tested.
         law_runs: pairs of tokens drawn for that test.
         progress: called with (what, done, total).
+        on_method: called with the report so far when a method has been compared.
     """
-    plain = {
-        name: _write(writer, None, prompts, sampling, max_new_tokens, 1)
-        for name, sampling in (("greedy", Sampling()), ("seeded", SEEDED))
-    }
+    ways = (("greedy", Sampling()), ("seeded", SEEDED))
+    done, total = 0, len(ways) * (1 + len(methods) * len(batch_sizes))
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("runs", done, total)
+
+    plain = {}
+    for name, sampling in ways:
+        plain[name] = _write(writer, None, prompts, sampling, max_new_tokens, 1)
+        tick()
     target = target_for(writer.lm)
     report = AuditReport(
         [],
@@ -114,15 +125,16 @@ def audit(
             "seeded": asdict(SEEDED),
         },
     )
-    for number, spec in enumerate(methods):
+    for spec in methods:
         method = Method(spec)
         draws = make(spec).draws
         steps = emitted = 0
-        for name, outputs in plain.items():
-            if draws and name == "seeded":
-                continue
+        for name, sampling in ways:
+            outputs = plain[name]
             for size in batch_sizes:
-                sampling = Sampling() if name == "greedy" else SEEDED
+                if draws and name == "seeded":
+                    tick()
+                    continue
                 found = _write(writer, spec, prompts, sampling, max_new_tokens, size)
                 for index, (mine, theirs) in enumerate(zip(found, outputs, strict=True)):
                     method.compared += 1
@@ -133,12 +145,13 @@ def audit(
                         method.failed.append(f"prompt {index}: {mine.error}")
                     elif mine.token_ids != theirs.token_ids:
                         method.differences.append(_difference(writer, target, index, mine, theirs, sampling))
+                tick()
         method.acceptance_length = emitted / steps if steps else 1.0
         if draws and law_runs:
             method.chi_square, method.chi_square_p = _law(writer, spec, prompts[0], law_runs)
         report.methods.append(method)
-        if progress is not None:
-            progress("methods", number + 1, len(methods))
+        if on_method is not None:
+            on_method(report)
     return report
 
 

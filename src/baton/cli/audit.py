@@ -1,13 +1,14 @@
 """`baton audit`: does drafting change a single token?"""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from baton.cli.command import command
-from baton.cli.console import out
+from baton.cli.command import INTERRUPTED, command
+from baton.cli.console import err, out
 from baton.cli.evaluate import measuring
 from baton.cli.generate import load_writer
 from baton.cli.options import Machine
@@ -48,7 +49,8 @@ def audit(
 
     Greedy and seeded texts of each method are compared with plain decoding, token by token, alone and in batches. A
     difference where the two best tokens are closer than rounding is a near-tie and shown with its gap; any other is a
-    bug. Methods that draw are tested by the law of what they emit. Exit code 1 when something is refuted.
+    bug. Methods that draw are tested by the law of what they emit. Exit code 1 when something is refuted. Ctrl-C
+    shows what was found so far.
     """
     methods = check_methods(method)
     check_source(model, llm)
@@ -57,15 +59,29 @@ def audit(
     writer = load_writer(model, llm, machine)
     from baton.audit import audit as run
 
-    with measuring() as progress:
-        report = run(
-            writer,
-            methods,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_sizes=batch_size,
-            progress=progress,
-        )
+    found = []
+
+    def keep(report: Any) -> None:
+        found.append(report)
+        if as_json not in (None, "-"):
+            Path(str(as_json)).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    try:
+        with measuring() as progress:
+            report = run(
+                writer,
+                methods,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                batch_sizes=batch_size,
+                progress=progress,
+                on_method=keep,
+            )
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        report = found[-1]
+        err.print(f"[yellow]stopped: {len(report.methods)} of {len(methods)} methods were compared")
     if not write_json(as_json, report.to_dict()):
         table = Table(title=f"{model}: {len(prompts)} prompts, {report.settings['dtype']}")
         for heading in ("method", "texts", "tokens", "tokens per step", "near-ties", "bugs", "chi-square (p)", ""):
@@ -94,3 +110,5 @@ def audit(
                 out.print(f"{each.name}: {failure}", highlight=False)
     if not report.exact:
         raise typer.Exit(REFUTED)
+    if len(report.methods) < len(methods):
+        raise typer.Exit(INTERRUPTED)

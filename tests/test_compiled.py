@@ -218,6 +218,16 @@ def test_a_pass_never_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) ->
     assert target_for(model).steps is target.steps  # type: ignore[attr-defined]  # engines share what is compiled
 
 
+def test_measurements_may_wait_for_the_compiler(uncompiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_COMPILE", "wait")
+    model = tiny.gpt2()
+    prepare(model, "compiled")
+    target: Any = target_for(model)
+    _, memory = target.prefill(prompts(5))
+    target.forward(torch.tensor([[7, 8]]), memory)
+    assert list(target.steps.ready) == [(1, 2)] and target.steps.thread is None
+
+
 def test_a_failing_compiler_is_reported_once_and_models_run_eager(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

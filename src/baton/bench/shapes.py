@@ -21,6 +21,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
         | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
     ),
+    "gpt2": ("gpt2", {}),  # 124 M parameters; transformers' defaults are its shape
     "t5-small": ("t5", _T5 | {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8}),
     "t5-base": ("t5", _T5 | {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}),
     "t5-large": ("t5", _T5 | {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16}),

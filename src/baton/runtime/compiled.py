@@ -192,6 +192,8 @@ class Steps:
         run = self.ready.get(bucket)
         if run is None:
             self.want(bucket, memory)
+            run = self.ready.get(bucket)
+        if run is None:
             return None
         if not self.valid:
             _say("compiled passes are not used any more: the model's weights changed after its engine was made")
@@ -271,13 +273,16 @@ class Steps:
         return made
 
     def want(self, bucket: Bucket, memory: Memory) -> None:
-        """Have a bucket compiled beside what goes on."""
+        """Have a bucket compiled beside what goes on; or now, where `BATON_COMPILE=wait`: for measurements."""
         if bucket in self.asked or self.broken or len(self.asked) >= MOST_BUCKETS:
             return
         if bucket.rows > MOST_ROWS or bucket.tokens > MOST_TOKENS:
             return
         self.shapes = self.shapes or _Shapes.of(memory)
         self.asked.add(bucket)
+        if os.environ.get("BATON_COMPILE") == "wait":
+            self.compile(bucket)
+            return
         self.waiting.put(bucket)
         if self.thread is None or not self.thread.is_alive():
             # A daemon: a program that is done need not wait for code that nobody will run.

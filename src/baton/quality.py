@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from baton.models.adapter import target_for
+from baton.errors import BatonError
+from baton.models.adapter import runtime_of, target_for
 from baton.models.prompts import pad_right, tokenize_prompts
 from baton.models.writer import Writer
+from baton.runtime import prepare
 from baton.types import Pair, Timings
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -86,3 +88,33 @@ def perplexity(
         total += float((nll * mask).sum())
         count += int(mask.sum())
     return float(torch.tensor(total / max(count, 1)).exp())
+
+
+def cost_of_bits(writer: Writer, texts: Sequence[tuple[str, str]], most: int = 256) -> dict[str, float]:
+    """Perplexity of texts under a model that runs on copies of its weights in fewer bits, and on its own.
+
+    Args:
+        texts: prompts, and what follows them; an empty one stands for the second half of its prompt.
+        most: tokens of what follows that are looked at.
+    Returns: by runtime. The model is left native.
+    Raises: BatonError for a runtime without copies, and for an encoder-decoder without texts that follow.
+    """
+    name = runtime_of(writer.lm).name
+    if name not in ("int8", "int4"):
+        raise BatonError(f"runtime {name} runs the model's own weights: compare with --runtime int8 or int4")
+    target, tokenizer = target_for(writer.lm), writer.response_tokenizer
+    if not (target.reads_prompt or all(response for _, response in texts)):
+        raise BatonError("an encoder-decoder is judged by what answers a prompt: give rows of prompt and response")
+    pairs = [
+        (text[: len(text) // 2], text[len(text) // 2 :]) if not response else (text, response)
+        for text, response in texts
+    ]
+    prompts = [prompt for prompt, _ in pairs]
+    responses = [tokenizer(text_target=r, add_special_tokens=not target.reads_prompt)["input_ids"] for _, r in pairs]
+    if target.reads_prompt and target.context is not None:
+        read = tokenize_prompts(writer.prompt_tokenizer, prompts, writer.prompt_limits, truncate=True)
+        responses = [ids[: max(0, target.context - len(row))] for ids, row in zip(responses, read, strict=True)]
+    responses = [ids[:most] for ids in responses]
+    found = {name: perplexity(writer, prompts, responses)}
+    prepare(writer.lm, "native")
+    return found | {"native": perplexity(writer, prompts, responses)}

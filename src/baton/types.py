@@ -8,7 +8,7 @@ from baton.errors import BatonError
 
 Rule = Literal["auto", "sample-and-match", "recursive-rejection", "typical"]  # how drafts are verified
 TARGET = "target"  # the source of tokens that no drafter had guessed
-RuntimeName = Literal["auto", "eager", "native", "int8", "packed", "compiled"]  # see baton.runtime
+RuntimeName = Literal["auto", "eager", "native", "int8", "int4", "packed", "compiled"]  # see baton.runtime
 FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
 
 

@@ -421,7 +421,7 @@ class HandoffModel(PreTrainedModel):
             raise NotAHandoff(f"{folder / WEIGHTS} does not fit its config.json: {(lost + unexpected)[:3]}")
         stored = next(iter(weights.values())).dtype
         model = model.to(where, stored if torch_dtype == "auto" else torch_dtype).eval()
-        if prepare(model.slm, runtime) in ("native", "int8"):
+        if prepare(model.slm, runtime) in ("native", "int8", "int4"):
             model._projection = make_projection(model.projector.first, model.projector.last)
         if reader is not None:
             reader.prepare(runtime)

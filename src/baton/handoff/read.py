@@ -123,7 +123,7 @@ class PromptEncoder:
 
     def prepare(self, runtime: RuntimeName) -> None:
         """Read faster, where the runtime asked for can: `baton.runtime`."""
-        self._native = make_reader(self.model) if runtime in ("auto", "native", "int8") else None
+        self._native = make_reader(self.model) if runtime in ("auto", "native", "int8", "int4") else None
 
     @property
     def device(self) -> torch.device:

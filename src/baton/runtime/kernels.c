@@ -24,13 +24,13 @@ typedef uint16_t bf16;
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
-enum { F32 = 0, BF16 = 1, INT8 = 2 };
+enum { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3 };
 
 typedef struct {
   const void *weight, *bias; /* [out, in] and [out], or NULL */
-  const float *scales;       /* [out]: weights are int8, to be multiplied by these; NULL: they are of the layer's dtype */
-  int64_t out, in;
+  const float *scales;       /* [out]: what int8 weights are to be multiplied by; NULL with others */
+  int64_t out, in, kind;     /* kind: of the weights; those that are no copies are of the layer's dtype */
 } Linear;
 
 /* One layer. Parts that a family does not have are NULL. */
@@ -185,17 +185,103 @@ INLINE void tile(const void *w, const void *x, int64_t k, int m, int n, int kind
     else if (m == 3) tile(w, x, k, 3, TILE, KIND, DTYPE, out);                                        \
     else tile(w, x, k, TILE, TILE, KIND, DTYPE, out);                                                 \
   }
+/* Four bits to a weight, one scale to GROUP inputs of a row. TILE rows are kept together: of each BLOCK inputs come, row
+   by row, GROUP numbers of 16 bits, number i with inputs i, 32 + i, 64 + i and 96 + i from its low bits up, then TILE x 4
+   scales in bfloat16. Four bits stand for 8 less than they say. */
+#define GROUP 32
+#define BLOCK (4 * GROUP)
+#define BLOCK_BYTES (TILE * (BLOCK / 2 + 4 * 2))
+INLINE vf level(vu bits) { /* of the low four */
+#if defined(__AVX512F__)
+  const __m512 levels = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return (vf)_mm512_permutexvar_ps((__m512i)bits, levels); /* looks at no others */
+#else
+  return __builtin_convertvector((vi)(bits & 15) - 8, vf);
+#endif
+}
+
+/* As `tile`, of TILE rows in four bits: each group's sum begins at zero, and is scaled into the running one. */
+INLINE void tile_int4(const void *w, const void *x, int64_t k, int m, int dtype, float *out) {
+  vf acc[TILE][TILE];
+  EACH(i, m) EACH(j, TILE) acc[i][j] = (vf){0};
+  const char *block = w;
+  for (int64_t at = 0; at < k; at += BLOCK, block += BLOCK_BYTES) {
+    const uint16_t *numbers = (const uint16_t *)block;
+    const int groups = k - at < BLOCK ? (int)((k - at) / GROUP) : 4;
+    const bf16 *scales = numbers + TILE * GROUP;
+    EACH(line, (BLOCK_BYTES + 63) / 64) __builtin_prefetch(block + 4096 + 64 * line, 0, 3); /* blocks lie in one row */
+#if defined(__AVX512BF16__)
+    if (dtype == BF16) { /* all levels are exact in bfloat16 */
+      static const bf16 sixteen[] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                     0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+      /* twice: the fifth bit, which is looked at too, belongs to another weight */
+      const __m512i levels = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)sixteen));
+      __m512i bits[TILE];
+      EACH(j, TILE) bits[j] = _mm512_loadu_si512(numbers + j * GROUP);
+      EACH(g, groups) {
+        __m512bh b[TILE];
+        vf scale[TILE];
+        EACH(j, TILE) {
+          scale[j] = (vf)_mm512_slli_epi32(_mm512_set1_epi16((short)scales[j * 4 + g]), 16);
+          b[j] = (__m512bh)_mm512_permutexvar_epi16(bits[j], levels);
+          bits[j] = _mm512_srli_epi16(bits[j], 4);
+        }
+        EACH(i, m) {
+          const __m512bh a = (__m512bh)_mm512_loadu_si512((const bf16 *)x + i * k + at + g * GROUP);
+          EACH(j, TILE) acc[i][j] += (vf)_mm512_dpbf16_ps(_mm512_setzero_ps(), a, b[j]) * scale[j];
+        }
+      }
+      continue;
+    }
+#endif
+    vu low[TILE], high[TILE];
+    EACH(j, TILE) {
+      low[j] = __builtin_convertvector(*(const vh_any *)(numbers + j * GROUP), vu);
+      high[j] = __builtin_convertvector(*(const vh_any *)(numbers + j * GROUP + LANES), vu);
+    }
+    EACH(g, groups) {
+      vf one[TILE], two[TILE];
+      EACH(j, TILE) {
+        one[j] = level(low[j]), two[j] = level(high[j]);
+        low[j] >>= 4, high[j] >>= 4;
+      }
+      EACH(i, m) {
+        const vf a = load(x, i * k + at + g * GROUP, dtype), b = load(x, i * k + at + g * GROUP + LANES, dtype);
+        EACH(j, TILE) {
+          vf part = {0}; /* not the first product: then a compiler could choose which of the two it rounds */
+          part += a * one[j];
+          part += b * two[j];
+          acc[i][j] += part * load_one(scales, j * 4 + g, BF16);
+        }
+      }
+    }
+  }
+  EACH(i, m) *(v4_any *)(out + i * TILE) = sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+}
+
 SIZED(tile_f32, F32, F32)
 SIZED(tile_bf16, BF16, BF16)
 SIZED(tile_int8_f32, INT8, F32)
 SIZED(tile_int8_bf16, INT8, BF16)
+#define SIZED_INT4(NAME, DTYPE)                                                                       \
+  static void NAME(const void *w, const void *x, int64_t k, int m, int n, float *out) {               \
+    (void)n; /* rows are filled up to TILE */                                                         \
+    if (m == 1) tile_int4(w, x, k, 1, DTYPE, out);                                                    \
+    else if (m == 2) tile_int4(w, x, k, 2, DTYPE, out);                                               \
+    else if (m == 3) tile_int4(w, x, k, 3, DTYPE, out);                                               \
+    else tile_int4(w, x, k, TILE, DTYPE, out);                                                        \
+  }
+SIZED_INT4(tile_int4_f32, F32)
+SIZED_INT4(tile_int4_bf16, BF16)
 
 /* Outputs [first, last) of a linear map for m rows of x, [m, in] in the layer's dtype; added to `out` or put there. */
 static void linear(const Linear *l, const void *x, int64_t m, int dtype, int64_t first, int64_t last, float *out,
                    int64_t stride, int add) {
-  const int64_t w_row = l->in * (l->scales ? 1 : size_of(dtype)), x_row = l->in * size_of(dtype);
-  void (*run)(const void *, const void *, int64_t, int, int, float *) =
-      l->scales ? (dtype == BF16 ? tile_int8_bf16 : tile_int8_f32) : (dtype == BF16 ? tile_bf16 : tile_f32);
+  static void (*const tiles[][2])(const void *, const void *, int64_t, int, int, float *) = {
+      {tile_f32, 0}, {0, tile_bf16}, {tile_int8_f32, tile_int8_bf16}, {tile_int4_f32, tile_int4_bf16}};
+  void (*run)(const void *, const void *, int64_t, int, int, float *) = tiles[l->kind][dtype];
+  const int64_t x_row = l->in * size_of(dtype), blocks = (l->in + BLOCK - 1) / BLOCK;
+  const int64_t w_row = l->kind == INT4 ? blocks * (BLOCK_BYTES / TILE) : l->in * size_of((int)l->kind);
   for (int64_t n = first; n < last; n += TILE) {
     const int wide = last - n < TILE ? (int)(last - n) : TILE;
     const char *w = (const char *)l->weight + n * w_row;

@@ -19,7 +19,7 @@ from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,12 @@ from transformers import PreTrainedModel
 from baton.cache import CrossCache, Memory, RowCache
 from baton.data.storage import cache_folder
 from baton.errors import BatonError, UnsupportedModel
-from baton.models.adapter import T5, DecoderOnly, Runtime, Target
+from baton.models.adapter import T5, DecoderOnly, Runtime, Target, target_for
 from baton.models.writer import PromptInputs
+from baton.runtime.quantized import COPY, GROUP, Int4, Int8, copy_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+INT8, INT4 = 2, 3  # kinds of weights besides
 ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "ReLU": 1, "NewGELUActivation": 2, "GELUTanh": 2, "GELUActivation": 3}
 LANES = 16
 _T = TypeVar("_T")
@@ -41,8 +43,7 @@ TOKENS_AT_ONCE = 512  # of a prompt pass; more would only take more memory
 class _Linear(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "bias", "scales")),
-        ("out", c_int64),
-        ("inner", c_int64),
+        *((name, c_int64) for name in ("out", "inner", "kind")),
     )
 
 
@@ -137,17 +138,20 @@ class Parts:
         return all(module.weight.data_ptr() == address for module, address in self.watched)
 
     def linear(self, layer: Any) -> _Linear:
-        """A linear layer as it is, or its int8 copy where there is one."""
+        """A linear layer as it is, or its copy in fewer bits where there is one."""
         weight = self._plain(layer, layer.weight, nn.Linear)
         step = LANES if self.dtype == torch.float32 else 2 * LANES
         if weight.shape[1] % step:
             raise UnsupportedModel(f"weights {weight.shape[1]} wide are no multiple of {step}")
         bias = None if layer.bias is None else self._plain(layer, layer.bias, nn.Linear).data_ptr()
-        copy: Quantized | None = getattr(layer, "baton_int8", None)
-        if copy is not None:
-            self.held += [copy.weight, copy.scales]
-            return _Linear(copy.weight.data_ptr(), bias, copy.scales.data_ptr(), *weight.shape)
-        return _Linear(weight.data_ptr(), bias, None, *weight.shape)
+        match copy_of(layer):
+            case Int8(levels, scales):
+                self.held += [levels, scales]
+                return _Linear(levels.data_ptr(), bias, scales.data_ptr(), *weight.shape, INT8)
+            case Int4(packed):
+                self.held.append(packed)
+                return _Linear(packed.data_ptr(), bias, None, *weight.shape, INT4)
+        return _Linear(weight.data_ptr(), bias, None, *weight.shape, DTYPES[self.dtype])
 
     def norm(self, norm: Any) -> int:
         self.watch(norm)  # small, and in every layer
@@ -610,30 +614,26 @@ TARGETS: dict[str, type[Native]] = {
 }
 
 
-class Quantized(NamedTuple):
-    """A weight in int8: row by row, weight * scale is nearest to what it was."""
+def make_smaller(model: PreTrainedModel, name: Literal["int8", "int4"]) -> str:
+    """Let a model run by native layers on copies of its matrices in fewer bits. Its texts change a little.
 
-    weight: Tensor  # int8 [out, in]
-    scales: Tensor  # float32 [out]
-
-    @classmethod
-    def of(cls, weight: Tensor) -> "Quantized":
-        wide = weight.detach().float()
-        scales = wide.abs().amax(1).clamp(min=1e-12) / 127
-        return cls((wide / scales[:, None]).round().to(torch.int8), scales)
-
-
-def make_int8(model: PreTrainedModel) -> str:
-    """Let a model run by native layers on int8 copies of its matrices. Its texts change a little: for draft models.
+    `int4` is for what each token reads: an encoder reads once and would gain nothing, and the head stays in eight bits,
+    since all of its error is the logits' own. Weights that are no multiple of a group wide stay as they are.
 
     Returns: why it cannot; empty when it can.
     """
     reason = make_native(model)
-    if not reason:
-        parts: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
-        for part in parts:
-            part.baton_int8 = Quantized.of(part.weight)
-        model.baton_runtime = model.baton_runtime._replace(name="int8")
+    if reason:
+        return reason
+    target = target_for(model)
+    written = set(target.layers.modules())
+    parts: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
+    for part in parts:
+        if name == "int8" or part is target.lm_head:
+            setattr(part, COPY, Int8.of(part.weight))
+        elif part in written and part.in_features % GROUP == 0:
+            setattr(part, COPY, Int4.of(part.weight))
+    model.baton_runtime = model.baton_runtime._replace(name=name)
     return reason
 
 
@@ -647,7 +647,7 @@ def make_native(model: PreTrainedModel) -> str:
         return f"there are no native layers for {family} (for {', '.join(TARGETS)})"
     parts: list[Any] = list(model.modules())
     for part in parts:
-        vars(part).pop("baton_int8", None)  # of an earlier choice
+        vars(part).pop(COPY, None)  # of an earlier choice
     made, reason = _built(lambda: TARGETS[family](model))
     if made is not None:
         model.baton_runtime = Runtime("native", TARGETS[family], (model.device, model.dtype))

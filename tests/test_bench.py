@@ -37,6 +37,7 @@ from baton.engine import Engine, generate
 from baton.errors import BatonError, DataError, MemoryShort, UnknownOption
 from baton.models.loading import load
 from baton.quality import edit_similarity, exact_match, perplexity
+from baton.runtime import prepare
 from baton.types import Output, Sampling, Step, Timings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -623,6 +624,9 @@ def test_passes_are_timed_engine_by_engine(monkeypatch: pytest.MonkeyPatch) -> N
     kind, settings = SHAPES["tiny"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.bfloat16)
     assert weight_bytes(model) == 2 * (2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 300 * 64)
+    if prepare(model, "int4") == "int4":  # inputs are filled up to 128; the head in eight bits, a scale to each of 300
+        layer = (4 * 64 + 2 * 96 + 64) * 128 * 4.5 / 8 + 2 * 2 * 64
+        assert weight_bytes(model) == 2 * layer + 300 * (64 + 4)
 
 
 def test_passes_that_cannot_be_timed_are_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from baton.bench import tune as tuning
 from baton.bench.suites import Suite, Task
 from baton.bench.tune import best_possible, tune
 from baton.cli import app
+from baton.runtime import prepare
 from baton.runtime.profile import CostProfile, load_profile, measure_profile
 from baton.types import Output
 
@@ -194,6 +195,21 @@ def test_the_doctor_sees_what_fits_and_what_does_not(folder: Path, tmp_path: Pat
     assert any("no chat template" in what for what in ill["warning"])
     half = examine(folder / "llama", dtype="float16", device="cpu")
     assert any("float16 is slow" in finding.what for finding in half)
+
+
+def test_what_fewer_bits_cost_is_shown_beside_the_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CostProfile, "save", lambda _: tmp_path / "profile.json")
+    writer = tiny.language_model("llama", hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16)
+    writer.lm.save_pretrained(tmp_path)
+    writer.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "texts.txt").write_text("The cat sat on the mat.\nA dog runs in the garden.\n")
+    few = ("--rows", 1, "--context", 4, "--batch-size", 1, "--repeats", 1, "--data", tmp_path / "texts.txt")
+    assert "give --runtime int8 or int4" in run("profile", tmp_path, *few).stderr.replace("\n", " ")
+    if prepare(writer.lm, "int4") != "int4":
+        pytest.skip("the C kernels cannot be compiled here")
+    found = json.loads(run("profile", tmp_path, *few, "--runtime", "int4", "--json").stdout)["perplexity"]
+    assert found.keys() == {"int4", "native"} and 0 < abs(found["int4"] / found["native"] - 1) < 0.5
+    assert "perplexity" in run("profile", tmp_path, *few, "--runtime", "int8").stdout
 
 
 def test_the_doctors_exit_code_says_whether_something_is_in_the_way(folder: Path) -> None:

@@ -23,6 +23,7 @@ from baton.machine import BUSY_PASS, Quiet, bandwidth_gb_s, free_bytes, machine,
 from baton.models.adapter import runtime_of, target_for
 from baton.models.writer import PromptInputs
 from baton.runtime import prepare
+from baton.runtime.quantized import copy_of
 from baton.types import RuntimeName
 
 OURS = "baton"
@@ -97,7 +98,7 @@ def bench_forward(
         shape: one of `SHAPES`.
         rows: tokens of a pass; contexts: tokens before it.
         peers: of `PEERS`; one that cannot take part is reported as absent, and so is what one cannot be timed at.
-        runtime: ours; with `int8`, llama.cpp has its weights in eight bits too.
+        runtime: ours; with `int8` or `int4`, llama.cpp has its weights in so many bits too.
         repeats: of each pass, 3 or more; engines take turns within each.
         progress: called with (what, done, total).
     Raises: UnknownOption for a shape or peer that does not exist; MemoryShort, with an estimate, before any weight is
@@ -113,8 +114,7 @@ def bench_forward(
     engines, absent = _engines(model, peers, runtime, max(contexts) + max(rows) + 1)
     ours = engines[0]
     assert isinstance(ours, Baton)
-    halved = dtype.itemsize if runtime_of(ours.model).name == "int8" else 1
-    read = weight_bytes(model) // halved
+    read = weight_bytes(ours.model)
     costs: list[Cost] = []
     quiet, busy, done, repeats = Quiet(bound=BUSY_PASS), 0, 0, max(3, repeats)
     total = len(contexts) * (1 + len(rows))
@@ -149,7 +149,7 @@ def bench_forward(
         settings={
             "shape": shape,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "weight_bytes": weight_bytes(model),
+            "weight_bytes": read,
             "dtype": str(dtype).removeprefix("torch."),
             "runtime": runtime_of(ours.model).name,
             "repeats": repeats,
@@ -188,10 +188,14 @@ class Baton:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a decode pass reads: the decoder's layers and the head."""
+    """Bytes of the weights that a decode pass reads: the decoder's layers and the head, or smaller copies of them."""
     target = target_for(model)
-    weights = {id(w): w.nbytes for part in (target.layers, target.lm_head) for w in part.parameters()}
-    return sum(weights.values())
+    read: dict[int, int] = {}
+    for part in (*target.layers.modules(), *target.lm_head.modules()):
+        read |= {id(weight): weight.nbytes for weight in part.parameters(recurse=False)}
+        if (smaller := copy_of(part)) is not None:
+            read[id(part.weight)] = smaller.nbytes
+    return sum(read.values())
 
 
 def _engines(
@@ -201,7 +205,7 @@ def _engines(
     absent: list[str] = []
     for name in peers:
         try:
-            engines.append(make_passes(name, model, context, int8=runtime == "int8"))
+            engines.append(make_passes(name, model, context, bits={"int8": 8, "int4": 4}.get(runtime, 0)))
         except (BatonError, ValueError, OSError, RuntimeError) as error:  # the others go on
             absent.append(str(error))
     ours = copy.deepcopy(model) if runtime == "packed" else model  # the others leave its own call as it was

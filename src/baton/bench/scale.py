@@ -86,7 +86,6 @@ def bench_scale(
     check_positions(shape, max(contexts), 1)
     model = random_model(shape, dtype, device, runtime)
     target, each, weights = target_for(model), slot_bytes(model), weight_bytes(model)
-    weights //= dtype.itemsize if runtime_of(model).name == "int8" else 1
     points: list[Point] = []
     absent: list[str] = []
     quiet, busy, done, repeats = Quiet(bound=BUSY_PASS), 0, 0, max(3, repeats)

@@ -17,6 +17,7 @@ from baton.cli.generate import CONFIG, load_writer
 from baton.cli.options import Machine
 from baton.cli.sources import check_methods, check_source
 from baton.data.storage import storage_errors
+from baton.errors import BatonError
 from baton.types import Sampling
 
 MARKS = {"ok": "[green]ok", "note": "[cyan]note", "warning": "[yellow]warning", "error": "[red]error"}
@@ -26,7 +27,11 @@ def register(app: typer.Typer) -> None:
     command(
         app,
         "profile",
-        examples=["baton profile models/pycode-target", "baton profile gpt2-xl --context 1024 --batch-size 1 --json"],
+        examples=[
+            "baton profile models/pycode-target",
+            "baton profile gpt2-xl --context 1024 --batch-size 1 --json",
+            "baton profile models/pycode-target --runtime int4 --data code",
+        ],
     )(profile)
     command(
         app,
@@ -122,15 +127,30 @@ def profile(
     context: Annotated[list[int], typer.Option(min=1, help="Tokens before them, repeatable.")] = [64, 512, 2048],  # noqa: B006
     batch_size: Annotated[list[int], typer.Option(min=1, help="Requests in a pass, repeatable.")] = [1, 8],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="How often each pass is timed; the median counts.")] = 7,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", metavar="FILE", help="Suite or file: what int8 or int4 does to its perplexity."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Use only so many texts of --data.")] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     llm: Annotated[str | None, typer.Option(metavar="L", help="Where a hand-off's LLM is.")] = None,
 ) -> None:
     """Measure what a pass of MODEL costs here, and keep it.
 
     A pass over several new tokens verifies a draft; how much dearer it is than a pass over one decides how much may be
-    drafted. The result is kept per machine, model, dtype, runtime and number of threads.
+    drafted. The result is kept per machine, model, dtype, runtime and number of threads. With --runtime int8 or int4,
+    --data shows what fewer bits cost: perplexity of the texts' responses, or of the second halves of prompts without.
     """
     check_source(model, llm)
+    if data is not None and machine.runtime not in ("int8", "int4"):
+        raise BatonError(
+            f"--data compares fewer bits with the weights as they are, and --runtime {machine.runtime} has "
+            "no fewer: give --runtime int8 or int4"
+        )
+    from baton.bench.suites import read_suite
+
+    if data is not None:
+        read_suite(data)  # a wrong name is better known before a model is loaded
     machine.prepare()
     writer = load_writer(model, llm, machine)
     from baton.runtime.profile import measure_profile
@@ -140,8 +160,16 @@ def profile(
             writer, rows=rows, contexts=context, batches=batch_size, repeats=repeats, progress=progress
         )
     path = found.save()
+    quality: dict[str, float] = {}
+    if data is not None:
+        from baton.quality import cost_of_bits
+
+        tasks = read_suite(data, tokenizer=writer.prompt_tokenizer).first(limit).tasks
+        with err.status("perplexity"):
+            quality = cost_of_bits(writer, [(task.prompt, "".join(task.references[:1])) for task in tasks])
     if as_json:
-        sys.stdout.write(json.dumps(asdict(found), indent=1) + "\n")
+        report = asdict(found) | ({"perplexity": quality} if quality else {})
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
     else:
         how = f"{found.about['dtype']}, runtime {found.about['runtime']}, {found.about['threads']} threads"
         made = Table(title=f"{model}: {how}; milliseconds", title_justify="left", box=box.SIMPLE_HEAD)
@@ -151,6 +179,9 @@ def profile(
             for size, seconds in zip(found.contexts, by_context, strict=True):
                 made.add_row(str(batch), str(size), *(f"{1000 * each:.2f}" for each in seconds))
         out.print(made)
+        if quality:
+            smaller, own = quality.values()
+            out.print(f"perplexity {smaller:.3f}, on the model's own weights {own:.3f}: {smaller / own - 1:+.2%}")
     if found.busy:
         err.print(f"[yellow]the machine was busy during {found.busy} passes: measure again when it is quiet")
     err.print(f"wrote {path}", soft_wrap=True)

@@ -90,7 +90,7 @@ class Passes:
         "context token by token"
     )
 
-    def __init__(self, model: PreTrainedModel, context: int, *, int8: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, *, bits: int = 0) -> None:
         if model.config.model_type not in FAMILIES:
             raise Absent(f"ctranslate2 is left out: here it runs {', '.join(FAMILIES)}")
         self.tokenizer = made_up(model.config.vocab_size)

@@ -90,14 +90,12 @@ class _Small(LlamaDraftModel):
         return np.array(found, dtype=np.intc)
 
 
-def open_llama(
-    model: PreTrainedModel, context: int, draft: LlamaDraftModel | None = None, *, q8: bool = False
-) -> Llama:
-    """llama.cpp with a copy of these weights, in their dtype, or in its own eight bits (Q8_0)."""
+def open_llama(model: PreTrainedModel, context: int, draft: LlamaDraftModel | None = None, *, bits: int = 0) -> Llama:
+    """llama.cpp with a copy of these weights, in their dtype, or in its own eight or four `bits`."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_gguf(model, path, q8=q8)
+        write_gguf(model, path, bits=bits)
         return Llama(
             str(path),
             n_ctx=context,
@@ -110,12 +108,12 @@ def open_llama(
         )
 
 
-def write_gguf(model: PreTrainedModel, path: Path, tokenizer: Any = None, *, q8: bool = False) -> None:
+def write_gguf(model: PreTrainedModel, path: Path, tokenizer: Any = None, *, bits: int = 0) -> None:
     """Weights of a Llama-shaped model, in their own dtype.
 
     Args:
         tokenizer: byte-pair encoding that is written too; None: no vocabulary, ids go in and come out.
-        q8: matrices in Q8_0.
+        bits: 8: matrices in Q8_0; 4: in Q4_0, and the embeddings and the head in Q8_0, as ours has them.
     """
     config: Any = model.config
     if config.rope_parameters.get("rope_type", "default") != "default" or getattr(config, "sliding_window", None):
@@ -144,8 +142,8 @@ def write_gguf(model: PreTrainedModel, path: Path, tokenizer: Any = None, *, q8:
 
     def add(name: str, weight: Tensor) -> None:
         weight = weight.detach().cpu().contiguous()
-        if q8 and weight.dim() == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
+        if bits and weight.dim() == 2:
+            kind = gguf.GGMLQuantizationType[f"Q{bits if name.startswith('blk.') else 8}_0"]
             out.add_tensor(name, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind)
         elif weight.dim() == 1 or weight.dtype == torch.float32:
             out.add_tensor(name, weight.float().numpy())
@@ -203,11 +201,11 @@ class Passes:
 
     lacks = ""
 
-    def __init__(self, model: PreTrainedModel, context: int, *, int8: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, *, bits: int = 0) -> None:
         if model.config.model_type not in FAMILIES:
             raise Absent(f"llama.cpp is left out: here it runs {', '.join(FAMILIES)}")
-        self.name = "llama.cpp Q8_0" if int8 else "llama.cpp"
-        self.llama = open_llama(model, context, q8=int8)
+        self.name = f"llama.cpp Q{bits}_0" if bits else "llama.cpp"
+        self.llama = open_llama(model, context, bits=bits)
 
     def begin(self, ids: list[int]) -> float:
         self.llama.reset()

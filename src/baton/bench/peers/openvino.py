@@ -85,7 +85,7 @@ class Passes:
     name = "openvino"
     lacks = "openvino is not timed at reading the context: the model it makes gives logits for all of it, not one token"
 
-    def __init__(self, model: PreTrainedModel, context: int, *, int8: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, *, bits: int = 0) -> None:
         if model.config.model_type not in FAMILIES:
             raise Absent(f"openvino is left out: here it runs {', '.join(FAMILIES)}")
         core = openvino.Core()

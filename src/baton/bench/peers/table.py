@@ -36,15 +36,15 @@ def make_peers(name: str, writer: "Writer", *, max_new_tokens: int, assistant: s
     return made
 
 
-def make_passes(name: str, model: "PreTrainedModel", context: int, *, int8: bool = False) -> "Engine":
+def make_passes(name: str, model: "PreTrainedModel", context: int, *, bits: int = 0) -> "Engine":
     """Single passes of one peer, for `baton bench forward`, on the model's weights.
 
     Args:
         context: most positions that will be asked for.
-        int8: the peer's own weights in eight bits, where it has such.
+        bits: 8 or 4: the peer's own kind of weights in so many, where it has such; 0: the model's dtype.
     Raises: UnknownOption for another name; Absent when it cannot take part.
     """
-    made: Engine = _module(name).Passes(model, context, int8=int8)
+    made: Engine = _module(name).Passes(model, context, bits=bits)
     return made
 
 

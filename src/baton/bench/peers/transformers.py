@@ -69,7 +69,7 @@ class Passes:
 
     name, lacks = "transformers", ""
 
-    def __init__(self, model: PreTrainedModel, context: int, *, int8: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, *, bits: int = 0) -> None:
         self.model: Any = model
 
     @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Tables of the documentation, made from the committed results: `python benchmarks/tables.py` writes them anew.
 
 A document names a table by a comment, `<!-- table: pycode-decode -->`, and ends it by `<!-- end of table -->`; what is
-between the two comes from `benchmarks/results/pycode-decode.json`. `<!-- table: methods -->` is the list of all methods,
-read from the first lines of their files and from the results named in `MEASURED`.
+between the two comes from `benchmarks/results/pycode-decode.json`. `<!-- table: methods -->` is the list of all
+methods, read from the first lines of their files and from the results named in `MEASURED`.
 """
 
 import inspect

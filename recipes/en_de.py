@@ -3,6 +3,7 @@
     python recipes/en_de.py --data deu-eng.zip                 every stage, in order; run again to continue
     python recipes/en_de.py --data deu-eng.zip --processes 2   two training processes (torchrun)
     python recipes/en_de.py --data deu-eng.zip handoff         one stage
+    python recipes/en_de.py --data deu-eng.zip curve           smaller SLMs, alone and with the hand-off
 
 A finished stage is skipped; an interrupted training continues from its last checkpoint.
 Data: Tatoeba English-German (CC BY 2.0), the zip from manythings.org/anki.
@@ -57,7 +58,9 @@ STAGES = {
     "gpt-start": True,  # a decoder-only SLM that has its own tokenizer, trained alone on human translations
     "gpt-handoff": True,  # ... trained on, with what the LLM has read
     "publish-gpt": False,
+    "curve": False,
 }
+ON_REQUEST = ("curve",)  # not part of what is shipped
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, GPT_VOCAB = 3072, 1536
 LLM = TrainOptions(
@@ -75,7 +78,10 @@ LLM = TrainOptions(
 # Both halves of a comparison use the same options: same start, same labels, same steps, same schedule.
 SLM = replace(LLM, max_steps=2400, learning_rate=8e-3, embedding_lr=1e-2, eval_every=400, save_every=200)
 SLM_FF = 1344  # as wide as an eighth of the LLM's weights allows
+CURVE = {width: replace(SLM, max_steps=400, eval_every=400) for width in (32, 192, 1344)}
 START = replace(LLM, max_steps=600)
+# The SLM's one layer has read the LLM's states before: it starts with them, as they are.
+REPLACE = HandoffOptions(fusion="replace", inner_width=2048, identity_init=True)
 # GPT-2 initialises embeddings at a scale of 0.02, T5 at 1: a smaller rate changes them as much.
 GPT_START = replace(START, max_steps=400, embedding_lr=3e-3)
 GPT_CONTINUE = replace(START, max_steps=450, learning_rate=3e-3, embedding_lr=3e-3)
@@ -158,38 +164,66 @@ class Recipe:
             )
 
     def slm_start(self) -> None:
+        self._slm_start("slm-start", SLM_FF)
+
+    def _slm_start(self, stage: str, width: int) -> None:
         """The LLM without its encoder and all but the last of its decoder's layers (as in arXiv 2010.13002).
 
-        Its feed-forward part is widened by units of the layer before, which are not heard until they have learned.
+        Its feed-forward part is widened by units of the layer before, which are not heard until they have learned, or
+        loses its last units.
         """
         llm = T5ForConditionalGeneration.from_pretrained(self.out / "llm", dtype=torch.float32)
-        slm = t5(d_ff=SLM_FF, encoder=0, decoder=1)
+        slm = t5(d_ff=width, encoder=0, decoder=1)
         weights = llm.state_dict()
         depth = llm.config.num_decoder_layers
         first, before, last = (f"decoder.block.{n}." for n in (0, depth - 2, depth - 1))
         # Positions are the first layer's, in T5.
         kept = {n: weights[n if "relative" in n else n.replace(first, last)] for n in slm.state_dict()}
-        more = SLM_FF - llm.config.d_ff
+        more = max(0, width - llm.config.d_ff)
         feed, norm = f"{first}layer.2.DenseReluDense", f"{first}layer.2.layer_norm.weight"
         scale = weights[norm.replace(first, before)] / weights[norm.replace(first, last)]  # each layer has its own norm
         units = weights[f"{feed}.wi.weight".replace(first, before)] * scale
-        kept[f"{feed}.wi.weight"] = torch.cat([kept[f"{feed}.wi.weight"], units[:more]])
-        kept[f"{feed}.wo.weight"] = nn.functional.pad(kept[f"{feed}.wo.weight"], (0, more))
+        kept[f"{feed}.wi.weight"] = torch.cat([kept[f"{feed}.wi.weight"], units[:more]])[:width]
+        kept[f"{feed}.wo.weight"] = nn.functional.pad(kept[f"{feed}.wo.weight"], (0, more))[:, :width].contiguous()
         # The LLM's states have been normalised: the SLM's own norm, which they pass once more, leaves them as they are.
         norm = "encoder.final_layer_norm.weight"
         kept[norm] = weights[norm].pow(2).mean().sqrt().expand_as(weights[norm]).clone()
         slm.load_state_dict(kept)
-        slm.save_pretrained(self.out / "slm-start")
-        AutoTokenizer.from_pretrained(self.out / "tokenizers" / "t5").save_pretrained(self.out / "slm-start")
+        slm.save_pretrained(self.out / stage)
+        AutoTokenizer.from_pretrained(self.out / "tokenizers" / "t5").save_pretrained(self.out / stage)
 
     def slm(self) -> bool:
-        model = T5ForConditionalGeneration.from_pretrained(self.out / "slm-start", dtype=torch.float32)
-        return self._alone(model, "t5", self._labelled(), SLM, "slm")
+        return self._slm("slm-start", SLM, "slm")
+
+    def _slm(self, start: str, options: TrainOptions, stage: str) -> bool:
+        model = T5ForConditionalGeneration.from_pretrained(self.out / start, dtype=torch.float32)
+        return self._alone(model, "t5", self._labelled(), options, stage)
 
     def handoff(self) -> bool:
-        # The SLM's one layer has read the LLM's states before: it starts with them, as they are.
-        options = HandoffOptions(fusion="replace", inner_width=2048, identity_init=True)
-        return self._handoff("slm-start", options, SLM, "handoff")
+        return self._handoff("slm-start", REPLACE, SLM, "handoff")
+
+    def curve(self) -> bool:
+        """How large an SLM must be, alone and with the hand-off: the same few steps for each size."""
+        points = []
+        for width, options in CURVE.items():
+            start, alone, handoff = (f"curve/{width}/{name}" for name in ("start", "alone", "handoff"))
+            if not (self.out / start).exists():
+                self._slm_start(start, width)
+            states = self.out / handoff / "run" / "states"
+            if not states.exists() and (self.out / "handoff" / "run" / "states").exists():  # the LLM is the same
+                states.parent.mkdir(parents=True)
+                states.symlink_to((self.out / "handoff" / "run" / "states").resolve())
+            if not self._slm(start, options, alone) or not self._handoff(start, REPLACE, options, handoff):
+                return False
+            pairs = read_pairs(self.out / "test.jsonl")[0]
+            report = evaluate(
+                self.out / handoff, pairs, slm=self.out / alone, limit=500, modes=("llm", "slm", "handoff")
+            ).to_dict()
+            kept = ("parameters", "bleu", "chrf", "ms_per_token")
+            points.append({"width": width, "steps": options.max_steps, **{name: report[name] for name in kept}})
+        text = json.dumps({"points": points, "prompts": 500, "command": f"{COMMAND} curve"}, indent=1)
+        (ROOT / "benchmarks" / "results" / "en-de-curve.json").write_text(text + "\n", encoding="utf-8")
+        return True
 
     def gpt_start(self) -> bool:
         return self._alone(gpt(), "gpt", self.train, GPT_START, "gpt-start")
@@ -321,4 +355,5 @@ if __name__ == "__main__":
         STAGES,
         lambda args: Recipe(args.data, args.out),
         lambda parser: parser.add_argument("--data", type=Path, required=True, help="deu-eng.zip"),
+        on_request=ON_REQUEST,
     )

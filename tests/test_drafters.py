@@ -136,6 +136,8 @@ def drafters(writer: Writer, other: Writer) -> dict[str, Drafter]:
         "dyspec, threshold": drafting_with(writer, DySpec(num_draft_tokens=12, threshold=0.02)),
         "pearl": drafting_with(other, Pearl(num_draft_tokens=3)),
         "pearl, itself": drafting_with(writer, Pearl(num_draft_tokens=4)),
+        "mix": make("mix:num_draft_tokens=9"),
+        "controller": make("controller:base=[token-recycling:num_draft_tokens=12]"),
         "adversary": Adversary(),
     }
 

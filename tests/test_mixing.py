@@ -216,11 +216,16 @@ def test_sizes_are_judged_by_what_they_would_have_given() -> None:
     assert worth.of(request) == [pytest.approx(v / 2) for v in after[:2]] + after[2:]
 
 
-def test_drawn_children_are_cut_level_by_level() -> None:
+def test_drawn_children_are_never_cut() -> None:
+    """How many were drawn may depend on what was drawn: kept by number, they would not be drawn any more."""
     q = torch.full((9,), 1 / 9)
     draft = Draft(tokens=[1, 2, 3, 4], tree=Tree([-1, -1, 0, 1]), drawn={-1: q, 0: q, 1: q})
-    assert [len(cut(draft, size)) for size in (1, 2, 3, 4)] == [0, 2, 2, 4]
-    assert set(cut(draft, 3).drawn) == {-1}
+    assert all(cut(draft, size) is draft for size in (1, 2, 3, 4, 9))
+    worth = Worth(memory=0.5)
+    before, request = list(worth.prior), type("Request", (), {})()
+    worth.learn(request, draft, (0, 2), whole=True)  # type: ignore[arg-type]
+    found = [2 * (size >= 4) for size in SIZES]
+    assert worth.of(request) == [pytest.approx((b + f) / 2) for b, f in zip(before, found, strict=True)]  # type: ignore[arg-type]
 
 
 def test_impossible_shares_are_refused() -> None:

@@ -90,6 +90,8 @@ class DraftModel(SmallModel):
     ) -> list[int]:
         """One token per row from the distribution that the target's own is compared with: same temperature, filters."""
         q = self.distributions(requests, tokens, logits)
+        broken = ~q.isfinite().all(-1)  # logits that are not numbers end the chain
+        q[broken] = 1 / q.shape[-1]
         for row, distribution in enumerate(q):
             drawn[row].append(distribution)
         # Each step of the request draws anew: a number used twice would tie this draft to what an earlier one led to.
@@ -97,7 +99,7 @@ class DraftModel(SmallModel):
             (r.sampling.seed, r.key, f"draft/{len(r.steps)}", len(r.tokens) + len(t))
             for r, t in zip(requests, tokens, strict=True)
         )
-        return draw(q, [uniform(*key) for key in keys]).tolist()
+        return draw(q, [uniform(*key) for key in keys]).masked_fill(broken, -1).tolist()
 
     def _trees(self, requests: Sequence[Request], depths: list[int], logits: Tensor) -> list[Draft]:
         """Level by level the most probable nodes go on; what is kept are the most probable paths. arXiv 2406.16858."""

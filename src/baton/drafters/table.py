@@ -15,19 +15,41 @@ METHODS = {
     "draft-model": "baton.drafters.draft_model:DraftModel",
     "handoff": "baton.drafters.handoff:HandoffDrafter",
     "token-recycling": "baton.drafters.token_recycling:TokenRecycling",
+    "layerskip": "baton.drafters.layerskip:LayerSkip",
+    "del": "baton.drafters.dynamic_exit:DynamicExit",
     "aded": "baton.drafters.aded:Aded",
     "stand": "baton.drafters.stand:Stand",
     "rest": "baton.drafters.rest:Rest",
     "rasd": "baton.drafters.rasd:Rasd",
-    "layerskip": "baton.drafters.layerskip:LayerSkip",
-    "del": "baton.drafters.dynamic_exit:DynamicExit",
     "rsd-c": "baton.drafters.rsd:ConstantBranching",
     "rsd-s": "baton.drafters.rsd:StochasticBeams",
     "dyspec": "baton.drafters.dyspec:DySpec",
     "pearl": "baton.drafters.pearl:Pearl",
+    "mix": "baton.drafters.mix:Mix",
+    "controller": "baton.drafters.controller:Controller",
 }
 # Those that need nothing but the target.
 WITHOUT_MODEL = ["prompt-lookup", "token-recycling"]
+
+
+def every(*, small: str | None = None, datastore: str | None = None, table: str | None = None) -> list[str]:
+    """Each method once, as far as what it needs is given.
+
+    Args:
+        small: folder or Hub id of a small model; datastore, table: folders that `baton build-datastore` and `baton
+            build-table` have written.
+    """
+    found = [*WITHOUT_MODEL, "layerskip", "del", "stand", f"aded:table={table}" if table else "aded"]
+    tree = f"draft-model:model={small},branches=4,num_draft_tokens=16"
+    if small:
+        found += [f"{name}:model={small}" for name in ("draft-model", "rsd-c", "rsd-s", "pearl")]
+        found += [f"dyspec:model={small},num_draft_tokens=0", tree]
+    if datastore:
+        found += [f"rest:datastore={datastore}"]
+    if small and datastore:
+        found += [f"rasd:base=[{tree}],datastore={datastore}"]
+    parts = [*WITHOUT_MODEL, *([f"[rest:datastore={datastore},num_draft_tokens=16]"] if datastore else [])]
+    return [*found, f"mix:of={'+'.join(parts)}", "controller"]
 
 
 def method(name: str) -> "type[Drafter]":

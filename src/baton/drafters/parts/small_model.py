@@ -176,7 +176,7 @@ class SmallModel(Drafter):
         self._memory.truncate(lengths)
 
     def known(self, token: int) -> bool:
-        return not self.same or token < self.engine.target.lm_head.weight.shape[0]
+        return token >= 0 and (not self.same or token < self.engine.target.lm_head.weight.shape[0])
 
     @property
     def _memory(self) -> Memory:

@@ -47,21 +47,18 @@ class Worth:
 
 
 def cut(draft: Draft, size: int) -> Draft:
-    """The draft without what is beyond the size, its best nodes kept; drawn children leave together, level by level."""
-    if len(draft) <= size:
-        return draft
-    if not draft.drawn:
-        return draft.prune(size)
-    depths = draft.tree.depths
-    fits = [depth for depth in set(depths) if sum(at <= depth for at in depths) <= size]
-    return draft.within(max(fits, default=0))
+    """The draft without what is beyond the size, its best nodes kept.
+
+    One with drawn children stays whole: how many there are may depend on what was drawn, and a part that is kept
+    for that would no longer be drawn.
+    """
+    return draft if draft.drawn else draft.prune(size)
 
 
 def _places(draft: Draft) -> list[int]:
     """Per node, how many stand before it when drafts are cut."""
-    if draft.drawn:
-        return [sum(at <= depth for at in draft.tree.depths) - 1 for depth in draft.tree.depths]
-    places = [0] * len(draft)
-    for place, node in enumerate(draft.order()):
-        places[node] = place
+    places = [len(draft) - 1] * len(draft)
+    if not draft.drawn:
+        for place, node in enumerate(draft.order()):
+            places[node] = place
     return places

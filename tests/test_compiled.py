@@ -370,6 +370,12 @@ def test_warm_up_compiles_what_passes_will_ask_for(uncompiled: list[Any]) -> Non
     assert warm_up(tiny.gpt2()).folder == ""
 
 
+def test_code_is_kept_in_our_cache_where_nobody_chose_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert prepare(tiny.gpt2(), "compiled") == "compiled"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(Path(os.environ["BATON_CACHE"]) / "inductor")
+
+
 def test_the_command_warms_up_a_folder(uncompiled: list[Any], tmp_path: Path) -> None:
     tiny.gpt2().save_pretrained(tmp_path / "model")
     tiny.tokenizer(append_eos=False).save_pretrained(tmp_path / "model")

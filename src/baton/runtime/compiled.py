@@ -446,9 +446,10 @@ def make_compiled(model: PreTrainedModel) -> str:
     family = model.config.model_type
     if family not in FAMILIES:
         return f"models of type {family!r} are not supported by Baton's engine"
+    # Before the compiler is asked anything: it writes its own choice there, a folder that a restart empties.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
     if reason := _why_not(model.device):
         return reason
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
     base = compiled(FAMILIES[family])
     try:
         base(model)

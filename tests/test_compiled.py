@@ -371,9 +371,16 @@ def test_warm_up_compiles_what_passes_will_ask_for(uncompiled: list[Any]) -> Non
 
 
 def test_code_is_kept_in_our_cache_where_nobody_chose_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    mine = str(Path(os.environ["BATON_CACHE"]) / "inductor")
+    for before in ("", default_cache_dir()):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+        assert prepare(tiny.gpt2(), "compiled") == "compiled"
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == mine
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     assert prepare(tiny.gpt2(), "compiled") == "compiled"
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(Path(os.environ["BATON_CACHE"]) / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
 
 
 def test_the_command_warms_up_a_folder(uncompiled: list[Any], tmp_path: Path) -> None:

@@ -446,8 +446,7 @@ def make_compiled(model: PreTrainedModel) -> str:
     family = model.config.model_type
     if family not in FAMILIES:
         return f"models of type {family!r} are not supported by Baton's engine"
-    # Before the compiler is asked anything: it writes its own choice there, a folder that a restart empties.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_folder())
     if reason := _why_not(model.device):
         return reason
     base = compiled(FAMILIES[family])
@@ -460,8 +459,12 @@ def make_compiled(model: PreTrainedModel) -> str:
 
 
 def compiled_folder() -> Path:
-    """Where compiled code is kept: the compiler's own variable, or a folder in our cache."""
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache_folder() / "inductor")
+    """Where compiled code is kept: where TORCHINDUCTOR_CACHE_DIR says, or a folder in our cache."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    # The compiler writes its own choice into the variable: a folder that a restart may empty.
+    return Path(chosen) if chosen and chosen != default_cache_dir() else cache_folder() / "inductor"
 
 
 def _why_not(device: torch.device) -> str:

@@ -429,6 +429,7 @@ def test_the_kept_tree_is_the_best_of_its_size(seed: int) -> None:
         assert found.expected[size] == pytest.approx(1 + best / 10)
     assert found.fastest(lambda rows: 1.0) == 9 or found.expected[9] == found.expected[found.fastest(lambda rows: 1.0)]
     gain = [after - before for before, after in itertools.pairwise(found.expected)]
+    assert found.fastest(lambda rows: float(rows**3)) == 0
     assert found.fastest(lambda rows: 1.0 + 100 * (rows > 4)) == max(range(1, 4), key=lambda n: sum(gain[:n]))
 
 

@@ -68,7 +68,12 @@ def calibrate_tree(
     if nodes == "auto":
         with measuring() as progress:
             profile = load_profile(writer) or measure_profile(writer, batches=(1,), progress=progress)
+        if profile.busy:
+            err.print("[yellow]the machine was busy while passes were timed: calibrate again when it is quiet")
         size = found.fastest(lambda rows: profile.cost(rows, round(found.length)))
+        if not size:
+            size = 1
+            err.print("[yellow]plain decoding is faster here than with any tree: this one has a single node")
     else:
         size = int(nodes)
     paths = found.tree(size)

@@ -165,6 +165,8 @@ class Calibration:
         return kept
 
     def fastest(self, seconds: Callable[[int], float]) -> int:
-        """The number of nodes with the most tokens per second, where a pass over n rows takes `seconds(n)`."""
-        rates = [tokens / seconds(1 + nodes) for nodes, tokens in enumerate(self.expected)]
-        return max(1, int(np.argmax(rates)))
+        """The number of nodes with the most tokens per second, where a pass over n rows takes `seconds(n)`.
+
+        0: a pass over more than one row costs more than it gives, and plain decoding is faster.
+        """
+        return int(np.argmax([tokens / seconds(1 + nodes) for nodes, tokens in enumerate(self.expected)]))

@@ -24,7 +24,7 @@ PLACE = re.compile(r"(<!-- table: ([\w.-]+) -->\n)(.*?)(<!-- end of table -->)",
 
 def table(result: dict[str, Any]) -> str:
     """The table of one result, with the conditions below it."""
-    kinds = {"summaries": _decoding, "points": _scale}
+    kinds = {"summaries": _decoding, "points": _scale, "tokens_per_step": _traces}
     kind = next((kinds[key] for key in kinds if key in result), None)
     if kind is None:
         kind = _passes if "shape" in result["settings"] else _handoff
@@ -82,6 +82,14 @@ def _scale(result: dict[str, Any]) -> str:
     return markdown_table(["batch", *(f"context {context:,}" for context in contexts)], rows)
 
 
+def _traces(result: dict[str, Any]) -> str:
+    rows = []
+    for method, lengths in result["tokens_per_step"].items():
+        mean = sum(lengths[1:]) / len(lengths[1:])
+        rows.append([f"`{method}`", f"{lengths[0]:.2f}", f"{mean:.2f}", f"{lengths[-1]:.2f}"])
+    return markdown_table(["tokens per step", "first answer", "mean of the others", "last answer"], rows)
+
+
 def _handoff(result: dict[str, Any]) -> str:
     names = {"llm": "LLM", "slm": "SLM alone", "handoff": "hand-off"}
     whole = {cost["tokens"]: cost["total_s"] for cost in result["costs"] if cost["mode"] == "llm"}
@@ -102,8 +110,15 @@ def _conditions(result: dict[str, Any]) -> str:
     settings = result.get("run", result.get("settings"))
     about, versions = result.get("machine", settings.get("machine")), result.get("versions", settings.get("versions"))
     what = settings.get("shape") or settings.get("model")
-    if what is None:
+    if what is None and "llm" in settings:
         what = f"{settings['llm']} to {settings['slm']}, prompt of {settings['prompt_tokens']} tokens, batch 1"
+    if "tokens_per_step" in result:
+        answers = len(next(iter(result["tokens_per_step"].values())))
+        return (
+            f"{answers} answers to each of {settings['prompts']} prompts of `{settings['suite']}`, one after another; "
+            f"temperature {settings['temperature']}, top-p 0.95, {settings['tokens']} tokens; {about['cpu']}, commit "
+            f"{result['git']}.\n`{result['command']}`"
+        )
     if "suites" in settings:
         prompts = ", ".join(f"{suite['prompts']} of `{name}`" for name, suite in settings["suites"].items())
         what += f"; prompts: {prompts}; greedy, {settings['max_new_tokens']} new tokens"

@@ -5,6 +5,7 @@
     python recipes/pycode.py target          one stage
     python recipes/pycode.py layerskip       train the shipped target on, so that its first layers can draft (not part
                                              of "every stage"; LayerSkip, arXiv 2404.16710)
+    python recipes/pycode.py corpus          the training files as JSONL, for `baton build-datastore` and `build-table`
 
 A finished stage is skipped; an interrupted training continues from its last checkpoint.
 Data: the source of the standard library of the Python that runs this (PSF licence), split by file.
@@ -30,8 +31,8 @@ from baton.train.options import TrainOptions
 from baton.train.trainer import make_trainer, run
 
 # stage: whether torchrun may run it
-STAGES = {"tokenizer": False, "target": True, "draft": True, "publish": False, "layerskip": True}
-ON_REQUEST = ("layerskip",)
+STAGES = {"tokenizer": False, "target": True, "draft": True, "publish": False, "layerskip": True, "corpus": False}
+ON_REQUEST = ("layerskip", "corpus")
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, BLOCK = 4096, 256  # tokens
 PROMPT, PROMPTS = 96, 1000  # tokens of a held-out prompt, and how many are shipped
@@ -147,6 +148,10 @@ class Recipe:
         chosen = chance.sample(rows, min(PROMPTS, len(rows)))
         lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in chosen]
         (ROOT / "models" / "pycode-target" / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def corpus(self) -> None:
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in self.train]
+        (self.out / "corpus" / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def layerskip(self) -> bool:
         """From the shipped target; its tokenizer comes along."""

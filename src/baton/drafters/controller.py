@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 FULL, EMPTY = 100, 3  # plain steps that the purse can hold, and that it starts with
 LOOK = -1  # in place of a size: a draft that is not verified
 PROBE = 2  # place of the size that is tried where nothing seems to pay
-CURIOUS, CHECK = 12, 40  # so often a draft is one size larger than it seems wise, and a step plain, to know both
+CURIOUS, CHECK = 12, 40  # so often a draft is one size larger than it seems wise, and steps are plain, to know both
+FIRST, REST = 8, 7  # steps that are plain at first; and in a row, where drafting does not pay: asking takes time too
 
 _COSTS: "WeakKeyDictionary[PreTrainedModel, CostProfile]" = WeakKeyDictionary()  # measured in this process
 
@@ -49,7 +50,8 @@ class Controller(Drafter):
         self.worth = Worth(self.memory)
         self.purse = 0.0  # seconds that may be lost by verifying drafts
         self.glances = 0.0  # ... and by making drafts that are only looked at
-        self._steps = 0
+        self._steps = 0  # at which something was decided
+        self._resting = 0  # steps that are plain without another thought
         self._under_way: tuple[list[Request], int] = ([], 0)  # requests of the latest step, and its drafts' size
         self._looked: dict[Request, tuple[Draft, int]] = {}  # drafts that were looked at, and where
         self._step_s: dict[tuple[int, int], float] = {}  # (requests, size) -> seconds of a step, lately
@@ -77,10 +79,14 @@ class Controller(Drafter):
         self.drafter.select(rows)
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
+        if self._resting and len(requests) == len(self._under_way[0]):
+            self._resting -= 1
+            return [NOTHING] * len(requests)
         self._account()
         self._compare(requests)
         self._steps += 1
         size = self._size(requests)
+        self._resting = REST if size == 0 and self._steps > FIRST else 0
         self._under_way = (list(requests), size)
         self.begun = None
         if not size:
@@ -115,10 +121,12 @@ class Controller(Drafter):
         """Nodes per row that are worth verifying now; 0: none; or `LOOK`."""
         rows = len(requests)
         plain = self._plain_s(rows)
-        if not plain or self._steps % CHECK == 0:
+        if not plain or self._steps <= FIRST or self._steps % CHECK == 0:
             return 0
         extras = self._extra_s(rows, len(requests[0].context) + len(requests[0].tokens))
         seconds = [plain + extra + self._drafting_s(size) for size, extra in zip(SIZES, extras, strict=True)]
+        # What was measured counts as much as what was to be expected: a size that was slow once is tried again.
+        seconds = [(s + self._step_s.get((rows, size), s)) / 2 for size, s in zip(SIZES, seconds, strict=True)]
         if self.purse >= 0:
             worth = [self.worth.of(request) for request in requests]
             rates = [(rows + sum(each)) / taken for *each, taken in zip(*worth, seconds, strict=True)]
@@ -165,17 +173,25 @@ class Controller(Drafter):
         if size == LOOK:
             self.glances -= self._draft_s[size]
         else:
-            taken = self._step_s[rows, size] = _lately(self._step_s.get((rows, size)), seconds)
+            known = self._step_s.get((rows, size), seconds)
+            self._step_s[rows, size] = _lately(known, seconds, low=not size)
             plain = self._plain_s(rows)
             if size and plain:
-                won = sum(step.emitted for step in steps) / len(steps) * plain - taken
+                won = sum(step.emitted for step in steps) / len(steps) * plain - min(seconds, 2 * known)
                 self.purse = min(self.purse + won, FULL * plain)
-            elif self._steps == 1:
-                self.purse = EMPTY * seconds
-        self.purse += self.explore / 2 * seconds
-        self.glances += self.explore / 2 * seconds
+            elif self._steps == FIRST:
+                self.purse = EMPTY * plain
+        passed = (1 if size or self._steps <= FIRST else 1 + REST) * self.explore / 2 * seconds
+        self.purse += passed
+        self.glances += passed
 
 
-def _lately(known: float | None, new: float) -> float:
-    """A moving mean that one step that was held up by something else on the machine does not move far."""
-    return new if known is None else known + 0.15 * (min(new, 2 * known) - known)
+def _lately(known: float | None, new: float, *, low: bool = False) -> float:
+    """A moving mean that one step that was held up by something else on the machine does not move far.
+
+    Args:
+        low: a low value instead, for plain steps: few of them are seen, and none is faster than it should be.
+    """
+    if known is None:
+        return new
+    return known + (0.15 if not low else 0.5 if new < known else 0.05) * (min(new, 2 * known) - known)

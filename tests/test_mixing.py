@@ -231,3 +231,12 @@ def test_drawn_children_are_never_cut() -> None:
 def test_impossible_shares_are_refused() -> None:
     with pytest.raises(UnknownOption, match="between 0 and 1"):
         make("controller:explore=1.5")
+
+
+def test_a_controller_over_a_mixture_in_a_batch_that_rows_leave(writer: Any) -> None:
+    """What a resting mixture had proposed for other rows is not asked for again."""
+    prompts = [*tiny.PROMPTS, "a a a a a a", *tiny.PROMPTS]
+    plain = generate(writer, prompts, max_new_tokens=40)
+    found = generate(writer, prompts, max_new_tokens=40, drafter="controller:base=mix,explore=0.9", batch_size=4)
+    assert [output.token_ids for output in found] == [output.token_ids for output in plain]
+    assert not any(output.error for output in found)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from baton.cli.command import INTERRUPTED, command
@@ -88,7 +89,7 @@ def audit(
             table.add_column(heading, justify="left" if heading in ("method", "") else "right")
         for each in report.methods:
             table.add_row(
-                each.name,
+                escape(each.name),
                 f"{each.compared:,}",
                 f"{each.tokens:,}",
                 f"{each.acceptance_length:.2f}",
@@ -102,12 +103,12 @@ def audit(
             for difference in each.differences[:10]:
                 kind = "near-tie" if difference.near_tie else "bug"
                 out.print(
-                    f"{each.name}: prompt {difference.prompt}, token {difference.position}: {difference.found} for "
+                    f"{escape(each.name)}: prompt {difference.prompt}, token {difference.position}: {difference.found} for "
                     f"{difference.plain}, gap {difference.gap:.2g}: {kind}",
                     highlight=False,
                 )
             for failure in each.failed[:10]:
-                out.print(f"{each.name}: {failure}", highlight=False)
+                out.print(f"{escape(each.name)}: {escape(failure)}", highlight=False)
     if not report.exact:
         raise typer.Exit(REFUTED)
     if len(report.methods) < len(methods):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from baton.bench.peers.table import PEERS
@@ -376,13 +377,13 @@ def table(report: dict[str, Any]) -> Table:
     made = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("batch", "", "tokens/s", "", "speed-up", "", "tokens per step", "accepted", "drafting", ""):
         made.add_column(heading, justify="right" if heading or not made.columns else "left")
-    made.columns[1].justify = "left"
+    made.columns[1].justify, made.columns[1].overflow = "left", "fold"
     for each in report["summaries"]:
         low, high = each["tokens_per_second_interval"]
         length, rate, share = each["acceptance_length"], each["acceptance_rate"], each["share"]
         made.add_row(
             str(each["batch_size"]),
-            each["contender"],
+            escape(each["contender"]),
             f"{each['tokens_per_second']:,.0f}",
             f"[dim]\\[{low:,.0f}, {high:,.0f}]",
             "" if each["speedup"] is None else f"{each['speedup']:.2f}x",
@@ -405,7 +406,7 @@ def show_quality(report: dict[str, Any]) -> None:
     for name in names:
         made.add_column(name.replace("_", " "), justify="right")
     for contender, scores in report["quality"].items():
-        made.add_row(contender, *(f"{scores[name]:.1f}" if name in scores else "" for name in names))
+        made.add_row(escape(contender), *(f"{scores[name]:.1f}" if name in scores else "" for name in names))
     out.print(made)
 
 
@@ -519,7 +520,7 @@ def serve(
             *token[:2],
             total[0],
         ]
-        made.add_row(f"{each['rate']:g}/s", each["contender"], *numbers, said)
+        made.add_row(f"{each['rate']:g}/s", escape(each["contender"]), *numbers, said)
     out.print(made)
 
 
@@ -550,7 +551,7 @@ def compare(
             lengths = [x for x in (each.acceptance_before, each.acceptance_after) if x is not None]
             made.add_row(
                 str(each.batch_size),
-                each.contender,
+                escape(each.contender),
                 f"{each.before:,.0f}",
                 f"{each.after:,.0f}",
                 f"{each.ratio:.2f}",

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from baton.cli.command import command
@@ -112,11 +113,13 @@ def tune(
             made.add_column(heading, justify="left" if heading == "" else "right")
         for each in found.standings:
             low, high = each.speedup_interval
-            made.add_row(each.method, f"{each.speedup:.2f}x", f"{low:.2f}-{high:.2f}", str(each.groups), each.left)
+            made.add_row(
+                escape(each.method), f"{each.speedup:.2f}x", f"{low:.2f}-{high:.2f}", str(each.groups), each.left
+            )
         out.print(made)
         cheap = ", ".join(f"{rows}: {seconds / found.price[1]:.2f}x" for rows, seconds in found.price.items())
         out.print(f"[dim]A pass over so many tokens costs, over one ({1000 * found.price[1]:.2f} ms): {cheap}")
-        out.print(f"[bold]{found.winner}")
+        out.print(f"[bold]{escape(found.winner)}")
     err.print(f"wrote {path}", soft_wrap=True)
 
 

@@ -81,6 +81,7 @@ class Controller(Drafter):
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
         if self._resting and len(requests) == len(self._under_way[0]):
             self._resting -= 1
+            self.layers = frozenset()  # nobody looks at them in this step
             return [NOTHING] * len(requests)
         self._account()
         self._compare(requests)
@@ -90,6 +91,7 @@ class Controller(Drafter):
         self._under_way = (list(requests), size)
         self.begun = None
         if not size:
+            self.layers = frozenset()
             return [NOTHING] * len(requests)
         drafts = self.drafter.propose(requests)
         if size == LOOK:
@@ -100,6 +102,7 @@ class Controller(Drafter):
         return drafts if self.begun is not None else [cut(draft, size) for draft in drafts]
 
     def observe(self, seen: Seen) -> None:
+        self.layers = self.drafter.layers
         size = self._under_way[1]
         if size in (0, LOOK):
             return  # what a resting drafter misses costs speed only

@@ -54,7 +54,7 @@ class Mix(Drafter):
     def select(self, rows: Sequence[int]) -> None:
         for drafter in self.drafters:
             drafter.select(rows)
-        self._proposed = [[drafts[row] for row in rows] for drafts in self._proposed]
+        self._proposed = []  # of other rows
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
         self._proposed = []

@@ -100,15 +100,16 @@ def audit(
             )
         out.print(table)
         for each in report.methods:
+            name = escape(each.name)
             for difference in each.differences[:10]:
                 kind = "near-tie" if difference.near_tie else "bug"
                 out.print(
-                    f"{escape(each.name)}: prompt {difference.prompt}, token {difference.position}: {difference.found} for "
+                    f"{name}: prompt {difference.prompt}, token {difference.position}: {difference.found} for "
                     f"{difference.plain}, gap {difference.gap:.2g}: {kind}",
                     highlight=False,
                 )
             for failure in each.failed[:10]:
-                out.print(f"{escape(each.name)}: {escape(failure)}", highlight=False)
+                out.print(f"{name}: {escape(failure)}", highlight=False)
     if not report.exact:
         raise typer.Exit(REFUTED)
     if len(report.methods) < len(methods):

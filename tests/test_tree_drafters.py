@@ -254,7 +254,7 @@ def test_a_tree_as_large_as_twice_a_plain_pass(monkeypatch: pytest.MonkeyPatch) 
         def price(self, context: int) -> dict[int, float]:
             return {1: 1.0, 8: 1.4, 16: 1.9, 32: 2.6}
 
-    monkeypatch.setattr("baton.drafters.dyspec.load_profile", lambda writer: Costs())
+    monkeypatch.setattr("baton.drafters.dyspec.quick_profile", lambda writer: Costs())
     assert affordable(tiny.language_model("llama")) == 15
     drafter = using(noisy(), DySpec(num_draft_tokens=0))
     made = proposing(drafter)

@@ -14,6 +14,7 @@ from baton.cli.evaluate import measuring
 from baton.cli.generate import load_writer
 from baton.cli.options import Machine
 from baton.cli.sources import check_methods, check_source, first_prompts, write_json
+from baton.data.storage import atomic_write
 from baton.drafters import WITHOUT_MODEL
 
 REFUTED = 1
@@ -65,7 +66,8 @@ def audit(
     def keep(report: Any) -> None:
         found.append(report)
         if as_json not in (None, "-"):
-            Path(str(as_json)).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+            with atomic_write(str(as_json)) as file:
+                file.write(json.dumps(report.to_dict(), ensure_ascii=False, indent=1) + "\n")
 
     try:
         with measuring() as progress:

@@ -8,7 +8,7 @@ import typer
 
 from baton.cli.command import command
 from baton.cli.console import err, progress_bar
-from baton.cli.sources import check_source
+from baton.cli.sources import Corpus, CorpusTokenizer, check_source
 from baton.errors import BatonError
 
 
@@ -25,13 +25,8 @@ def register(app: typer.Typer) -> None:
 
 
 def build_datastore(
-    data: Annotated[
-        list[Path],
-        typer.Argument(metavar="DATA...", help="Text files, or .jsonl with prompt, response, text or messages."),
-    ],
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", "--model", "-m", metavar="M", help="The model to draft for, or its tokenizer.")
-    ],
+    data: Corpus,
+    tokenizer: CorpusTokenizer,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the datastore.")],
     append: Annotated[bool, typer.Option("--append", help="Add to the datastore that is there.")] = False,
 ) -> None:
@@ -42,7 +37,7 @@ def build_datastore(
     it was.
     """
     check_source(tokenizer)
-    from baton.data.corpus import load_tokenizer, read_texts
+    from baton.data.corpus import load_tokenizer, read_ids
     from baton.drafters.parts.store import HEADER
     from baton.drafters.parts.suffixes import add_documents
 
@@ -55,8 +50,8 @@ def build_datastore(
 
         def documents() -> Iterator[list[int]]:
             document: list[int] = []
-            for text, size in read_texts(data):
-                document += encoder(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+            for ids, size in read_ids(data, encoder):
+                document += ids
                 if size:  # the end of a row: what stands in one, a prompt and its response, belongs together
                     yield document
                     document = []

@@ -8,7 +8,7 @@ import typer
 
 from baton.cli.command import command
 from baton.cli.console import err, progress_bar
-from baton.cli.sources import check_source
+from baton.cli.sources import Corpus, CorpusTokenizer, check_source
 
 
 def register(app: typer.Typer) -> None:
@@ -23,13 +23,8 @@ def register(app: typer.Typer) -> None:
 
 
 def build_table(
-    data: Annotated[
-        list[Path],
-        typer.Argument(metavar="DATA...", help="Text files, or .jsonl with prompt, response, text or messages."),
-    ],
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", "--model", "-m", metavar="M", help="The model to draft for, or its tokenizer.")
-    ],
+    data: Corpus,
+    tokenizer: CorpusTokenizer,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the table.")],
     top: Annotated[int, typer.Option(min=1, help="Successors kept of each pair of tokens.")] = 12,
 ) -> None:
@@ -38,7 +33,7 @@ def build_table(
     The table is read where it lies on disk. A folder that holds a table already is replaced.
     """
     check_source(tokenizer)
-    from baton.data.corpus import load_tokenizer, read_texts
+    from baton.data.corpus import load_tokenizer, read_ids
     from baton.drafters.parts.store import write_store
     from baton.drafters.parts.trigrams import KIND, build
 
@@ -50,8 +45,7 @@ def build_table(
 
         def texts() -> Iterator[list[int]]:
             nonlocal tokens
-            for text, size in read_texts(data):
-                ids = encoder(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+            for ids, size in read_ids(data, encoder):
                 tokens += len(ids)
                 yield ids
                 bar.advance(task, size)

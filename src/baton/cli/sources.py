@@ -3,13 +3,24 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from baton.cli.console import err
 from baton.data.formats import read_prompts
 from baton.data.storage import storage_errors
 from baton.drafters import WITHOUT_MODEL, every, make
 from baton.errors import BatonError, DataError, nearest
+
+# What commands that read text for drafting are given.
+Corpus = Annotated[
+    list[Path],
+    typer.Argument(metavar="DATA...", help="Text files, or .jsonl with prompt, response, text or messages."),
+]
+CorpusTokenizer = Annotated[
+    str, typer.Option("--tokenizer", "--model", "-m", metavar="M", help="The model to draft for, or its tokenizer.")
+]
 
 
 def check_source(*sources: str | None) -> None:

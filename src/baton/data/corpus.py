@@ -45,6 +45,12 @@ def read_texts(paths: Iterable[Path]) -> Iterator[tuple[str, int]]:
             yield "\n".join([*lines, ""]), size
 
 
+def read_ids(paths: Iterable[Path], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
+    """What `read_texts` gives, in tokens, without special ones."""
+    for text, size in read_texts(paths):
+        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else [], size
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a model, from a folder or by Hub id. Raises: ModelMismatch."""
     from transformers import AutoTokenizer

@@ -11,7 +11,6 @@ now and then, and compares it with what is written anyway.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from baton.draft import NOTHING, Draft
 from baton.drafters.parts.worth import SIZES, Worth, cut
@@ -19,12 +18,10 @@ from baton.drafters.table import bare, make
 from baton.engine.drafter import Drafter, Joined, Seen
 from baton.engine.request import Request
 from baton.errors import UnknownOption
-from baton.runtime.profile import CostProfile, load_profile, measure_profile
+from baton.runtime.profile import quick_profile
 from baton.verify import follow
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from baton.engine.loop import Engine
 
 FULL, EMPTY = 100, 3  # plain steps that the purse can hold, and that it starts with
@@ -32,8 +29,6 @@ LOOK = -1  # in place of a size: a draft that is not verified
 PROBE = 2  # place of the size that is tried where nothing seems to pay
 CURIOUS, CHECK = 12, 40  # so often a draft is one size larger than it seems wise, and steps are plain, to know both
 FIRST, REST = 8, 7  # steps that are plain at first; and in a row, where drafting does not pay: asking takes time too
-
-_COSTS: "WeakKeyDictionary[PreTrainedModel, CostProfile]" = WeakKeyDictionary()  # measured in this process
 
 
 @dataclass(kw_only=True)
@@ -65,12 +60,7 @@ class Controller(Drafter):
     def attach(self, engine: "Engine") -> None:
         self.drafter.attach(engine)
         self.layers = self.drafter.layers
-        writer, batches = engine.writer, sorted({1, engine.max_rows})
-        if writer.lm not in _COSTS:
-            _COSTS[writer.lm] = load_profile(writer) or measure_profile(
-                writer, rows=(1, 4, 16, 64), contexts=(64,), batches=batches, repeats=3
-            )
-        self.costs = _COSTS[writer.lm]
+        self.costs = quick_profile(engine.writer, rows=(1, 4, 16, 64), batches=sorted({1, engine.max_rows}))
 
     def join(self, joined: Joined) -> None:
         self.drafter.join(joined)

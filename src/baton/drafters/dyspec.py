@@ -32,7 +32,7 @@ from baton.engine.drafter import at_least
 from baton.engine.request import Request
 from baton.errors import UnknownOption
 from baton.models.writer import Writer
-from baton.runtime.profile import load_profile, measure_profile
+from baton.runtime.profile import quick_profile
 from baton.sampling import uniform
 
 if TYPE_CHECKING:
@@ -132,6 +132,6 @@ class DySpec(TreeModel):
 
 def affordable(writer: Writer) -> int:
     """Nodes of the largest tree whose pass costs at most `DEAR` times a plain one."""
-    costs = load_profile(writer) or measure_profile(writer, contexts=(64,), batches=(1,), repeats=3)
+    costs = quick_profile(writer)
     plain = costs.cost(1, 64)
     return max((rows - 1 for rows, seconds in costs.price(64).items() if seconds <= DEAR * plain), default=1) or 1

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedModel
 
 from baton.data.storage import atomic_write, cache_folder
 from baton.machine import BUSY_PASS, Quiet, machine, seconds_of
@@ -20,6 +22,9 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (64, 512, 2048)
 BATCHES = (1, 8)
 PATIENCE = 5  # times that a pass is measured again on a busy machine
+
+# What `quick_profile` has found in this process, by model and by what was asked for.
+_QUICK: WeakKeyDictionary[PreTrainedModel, dict[Any, "CostProfile"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,17 @@ def load_profile(writer: Writer) -> CostProfile | None:
         return CostProfile(batches, contexts, rows, nested, raw["about"], raw["busy"])
     except (ValueError, KeyError, TypeError):  # of another version, or cut off: measured anew
         return None
+
+
+def quick_profile(writer: Writer, *, rows: Sequence[int] = ROWS, batches: Sequence[int] = (1,)) -> CostProfile:
+    """What is stored for this model and machine; else a short measurement, made once per model in this process."""
+    known = _QUICK.setdefault(writer.lm, {})
+    key = runtime_of(writer.lm).name, tuple(rows), tuple(batches)
+    if key not in known:
+        known[key] = load_profile(writer) or measure_profile(
+            writer, rows=rows, contexts=(64,), batches=batches, repeats=3
+        )
+    return known[key]
 
 
 def _passes(target: Target, batch: int, context: int) -> Callable[[int, int], list[float]]:

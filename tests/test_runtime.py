@@ -136,16 +136,22 @@ def test_native_layers_give_the_logits_of_stock_ones(name: str, dtype: torch.dty
 def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(name: str, dtype: torch.dtype) -> None:
     """Alone or in a ragged batch, token by token or as a path of a tree: equal, not close, in bfloat16 too."""
     _, target = both(name, dtype)
-    together, memory = target.prefill(prompts(9, 4, 12))
-    alone = prompts(9, 4, 12)
-    mine = PromptInputs(ids=alone.ids[1:2, :4], mask=alone.mask[1:2, :4])
-    one, own = target.prefill(mine)
-    assert torch.equal(one[0], together[1])
-    positions = torch.tensor(memory.lengths)[:, None] + DEPTHS
-    ids = torch.tensor([[8, 9, 10, 11, 12]] * 3)
-    tree = target.forward(ids, memory, positions=positions, tree=TREE.expand(3, -1, -1))
-    for node in (0, 2, 4):  # a path with gaps between its slots
-        assert torch.equal(target.forward(ids[:1, node : node + 1], own)[0, 0], tree[1, node])
+    parents = [-1, 0, 0, 0, 1, 0, 4, 2, 6, 8, 3, 9, 1, 11, 5, 13]  # a path with gaps, from one vector of slots to the next
+    nodes, tree = len(parents), torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents[1:], 1):
+        tree[node] |= tree[parent]
+    depths, ids = tree.sum(1) - 1, torch.arange(8, 8 + nodes)[None]
+    path = tree[-1].nonzero().flatten().tolist()
+    assert path == [0, 1, 4, 6, 8, 9, 11, 13, 15]
+    for length in (4, 12, 16, 27):
+        beside = prompts(9, length, 12)
+        together, memory = target.prefill(beside)
+        one, own = target.prefill(PromptInputs(ids=beside.ids[1:2, :length], mask=beside.mask[1:2, :length]))
+        assert torch.equal(one[0], together[1])
+        positions = torch.tensor(memory.lengths)[:, None] + depths
+        found = target.forward(ids.expand(3, -1), memory, positions=positions, tree=tree.expand(3, -1, -1))
+        for node in path:
+            assert torch.equal(target.forward(ids[:, node : node + 1], own)[0, 0], found[1, node])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "t5, gated"])

@@ -62,7 +62,13 @@ typedef struct {
 
 INLINE vf load_f32(const float *p) { return *(const vf_any *)p; }
 INLINE void store_f32(float *p, vf v) { *(vf_any *)p = v; }
-INLINE vf load_bf16(const bf16 *p) { return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16); }
+INLINE vf load_bf16(const bf16 *p) {
+#if defined(__AVX512F__) /* what compilers make of the other is twice as long */
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#else
+  return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16);
+#endif
+}
 INLINE vf load(const void *p, int64_t i, int dtype) {
   if (dtype == INT8) {
 #if defined(__AVX512F__)
@@ -344,54 +350,69 @@ static void share(int64_t n, int64_t *first, int64_t *last) {
 
 /* m <= 4 queries that share keys and values: softmax(scale q k + what scores[slot] holds) v. Slots at -inf are not seen.
 
-   q: [m, width]; k, v: [slots, width]; out: [m, width], all in the weights' dtype; scores: [m, stride]. Sums over slots
-   are taken one by one, so that a result does not depend on what lies between the slots that are seen. */
+   q: [m, width]; k, v: [slots, width]; out: [m, width], all in the weights' dtype; scores: [m, stride]. Weights are summed
+   in lanes by where their tokens would lie in a plain pass (a tree's by `positions`, of slots from `start` on; NULL: where
+   they lie), and values one slot after another: no result depends on what lies between the slots that are seen. */
 INLINE void attend(const void *q, const void *k, const void *v, int64_t slots, int64_t width, float scale, float *scores,
-                   int64_t stride, int m, int dtype, void *out) {
+                   int64_t stride, int64_t start, const int32_t *positions, int m, int dtype, void *out) {
   float by[TILE];
   for (int64_t s = 0; s < slots; s += TILE) {
     const int wide = slots - s < TILE ? (int)(slots - s) : TILE;
     float part[TILE * TILE];
     (dtype == BF16 ? tile_bf16 : tile_f32)((const char *)k + s * width * size_of(dtype), q, width, m, wide, part);
-    for (int i = 0; i < m; i++)
-      for (int j = 0; j < wide; j++) scores[i * stride + s + j] += part[i * TILE + j] * scale;
+    for (int i = 0; i < m; i++) {
+      float *at = scores + i * stride + s;
+      if (wide == TILE) *(v4_any *)at += *(v4_any *)(part + i * TILE) * scale;
+      else
+        for (int j = 0; j < wide; j++) at[j] += part[i * TILE + j] * scale;
+    }
   }
+  const int64_t padded = (slots + LANES - 1) / LANES * LANES, whole = positions ? start / LANES * LANES : padded;
   EACH(i, m) {
-    float *own = scores + i * stride, most = -INFINITY, total = 0;
-    for (int64_t s = 0; s < slots; s++) most = own[s] > most ? own[s] : most;
-    for (int64_t s = 0; s < slots; s += LANES) { /* the buffer is a multiple of LANES long */
-      vf x = load_f32(own + s);
-      store_f32(own + s, pick(x == -INFINITY, (vf){0}, exponential(x - most)));
-      const int64_t end = slots - s < LANES ? slots : s + LANES;
-      for (int64_t at = s; at < end; at++) total += own[at];
+    float *own = scores + i * stride;
+    for (int64_t s = slots; s < padded; s++) own[s] = -INFINITY;
+    vf high = splat(-INFINITY), total = {0};
+    for (int64_t s = 0; s < padded; s += LANES) high = pick(load_f32(own + s) > high, load_f32(own + s), high);
+    float most = high[0];
+    for (int j = 1; j < LANES; j++) most = high[j] > most ? high[j] : most;
+    for (int64_t s = 0; s < padded; s += LANES) {
+      const vf x = load_f32(own + s), y = pick(x == -INFINITY, (vf){0}, exponential(x - most));
+      store_f32(own + s, y);
+      if (s < whole) total += y;
     }
-    by[i] = 1.0f / total;
+    if (positions) {
+      float few[LANES];
+      store_f32(few, total);
+      for (int64_t s = whole; s < slots; s++)
+        few[(s < start ? s : start + positions[s - start] - positions[0]) & (LANES - 1)] += own[s];
+      total = load_f32(few);
+    }
+    by[i] = 1.0f / sum(total);
   }
-  for (int64_t at = 0; at < width; at += 2 * LANES) {
-    const int64_t next = at + LANES < width ? at + LANES : at; /* a width of 16: the same twice */
-    vf acc[TILE], more[TILE];
-    EACH(i, m) acc[i] = more[i] = (vf){0};
-    for (int64_t s = 0; s < slots; s++) {
-      const vf one = load(v, s * width + at, dtype), two = load(v, s * width + next, dtype);
-      EACH(i, m) {
-        const float p = scores[i * stride + s];
-        acc[i] += one * p;
-        more[i] += two * p;
+#define WIDE 4 /* vectors at a time, as far as there are registers */
+  const int vectors = m <= 2 ? WIDE : WIDE / 2;
+  for (int64_t at = 0; at < width; at += vectors * LANES) {
+    int64_t place[WIDE]; /* what is beyond the width is done twice */
+    vf acc[WIDE][TILE];
+    EACH(c, vectors) {
+      place[c] = at + c * LANES < width ? at + c * LANES : width - LANES;
+      EACH(i, m) acc[c][i] = (vf){0};
+    }
+    for (int64_t s = 0; s < slots; s++)
+      EACH(c, vectors) {
+        const vf some = load(v, s * width + place[c], dtype);
+        EACH(i, m) acc[c][i] += some * scores[i * stride + s];
       }
-    }
-    EACH(i, m) {
-      store(out, i * width + at, acc[i] * by[i], dtype);
-      store(out, i * width + next, more[i] * by[i], dtype);
-    }
+    EACH(c, vectors) EACH(i, m) store(out, i * width + place[c], acc[c][i] * by[i], dtype);
   }
 }
 #define ATTEND(NAME, DTYPE)                                                                                     \
   static void NAME(const void *q, const void *k, const void *v, int64_t slots, int64_t width, float scale,      \
-                   float *scores, int64_t stride, int m, void *out) {                                           \
-    if (m == 1) attend(q, k, v, slots, width, scale, scores, stride, 1, DTYPE, out);                            \
-    else if (m == 2) attend(q, k, v, slots, width, scale, scores, stride, 2, DTYPE, out);                       \
-    else if (m == 3) attend(q, k, v, slots, width, scale, scores, stride, 3, DTYPE, out);                       \
-    else attend(q, k, v, slots, width, scale, scores, stride, TILE, DTYPE, out);                                \
+                   float *scores, int64_t stride, int64_t start, const int32_t *positions, int m, void *out) {      \
+    if (m == 1) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 1, DTYPE, out);            \
+    else if (m == 2) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 2, DTYPE, out);       \
+    else if (m == 3) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 3, DTYPE, out);       \
+    else attend(q, k, v, slots, width, scale, scores, stride, start, positions, TILE, DTYPE, out);              \
   }
 ATTEND(attend_f32, F32)
 ATTEND(attend_bf16, BF16)
@@ -454,16 +475,21 @@ static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t fir
   const int64_t bytes = size_of(l->dtype);
   char *q = take(&mine, TILE * width * 4), *out = take(&mine, TILE * width * 4);
   float *scores = (float *)mine;
+  const int chain = !cross && !p->lengths && !p->tree;
+  const int32_t *tree = cross || !p->tree ? 0 : p->positions + row * n;
   for (int64_t at = 0; at < all; at += TILE) {
     const int m = all - at < TILE ? (int)(all - at) : TILE;
+    const int64_t begin = at % n, end = begin + m < n ? begin + m : n; /* of a chain, the last that a query looks at */
+    const int64_t seeing = chain ? p->starts[row] + end : slots;
     for (int t = 0; t < m; t++) {
       const int64_t head = (at + t) / n, i = (at + t) % n;
       for (int64_t c = 0; c < width; c += LANES)
         store(q, t * width + c, load_f32(from + i * wide + head * width + c), l->dtype);
       if (cross) memset(scores + t * padded, 0, 4 * slots);
-      else look(l, p, row, i, first + head, slots, scores + t * padded);
+      else look(l, p, row, i, first + head, seeing, scores + t * padded);
     }
-    (l->dtype == BF16 ? attend_bf16 : attend_f32)(q, keys, values, slots, width, l->scale, scores, padded, m, out);
+    (l->dtype == BF16 ? attend_bf16 : attend_f32)(q, keys, values, seeing, width, l->scale, scores, padded,
+                                                  p->starts[row], tree, m, out);
     for (int t = 0; t < m; t++) {
       const int64_t head = (at + t) / n, i = (at + t) % n;
       memcpy(seen + ((row * n + i) * out_width + (first + head) * width) * bytes, out + t * width * bytes, width * bytes);

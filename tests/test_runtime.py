@@ -14,16 +14,28 @@ import tiny
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MT5Config,
     MT5ForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 import baton
 import baton.runtime
@@ -33,10 +45,11 @@ from baton.models.adapter import Target, runtime_of, target_for
 from baton.models.loading import LanguageModel
 from baton.models.writer import PromptInputs
 from baton.quality import cost_of_bits
-from baton.runtime import native, prepare
-from baton.runtime.native import Parts, T5Reader, apply
+from baton.runtime import families, native, prepare
+from baton.runtime.native import Parts, apply
 from baton.runtime.packed import PackedLinear
 from baton.runtime.quantized import Int4, Int8, copy_of
+from baton.runtime.t5 import T5Reader
 from baton.types import Sampling
 
 CAUSAL = {
@@ -52,6 +65,17 @@ CAUSAL = {
     "eos_token_id": tiny.EOS,
     "pad_token_id": tiny.PAD,
 }
+
+
+def without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in CAUSAL.items() if name not in names}
+
+
+def turning(part: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": part}
+
+
+NEOX = without("num_key_value_heads", "head_dim") | {"rope_parameters": turning(0.25)}
 T5 = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 96}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: tiny.llama(**CAUSAL),
@@ -62,6 +86,27 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         Qwen2ForCausalLM(Qwen2Config(**CAUSAL, use_sliding_window=True, sliding_window=5, max_window_layers=1)), 0
     ),
     "qwen3": lambda: tiny.randomized(Qwen3ForCausalLM(Qwen3Config(**CAUSAL)), 0),
+    "gpt2": lambda: tiny.gpt2(n_embd=64, n_head=4, n_inner=96, n_layer=3),
+    "opt": lambda: tiny.randomized(OPTForCausalLM(OPTConfig(**CAUSAL, ffn_dim=96, word_embed_proj_dim=64)), 0),
+    "neox": lambda: tiny.randomized(GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX)), 0),
+    "neox, one after the other": lambda: tiny.randomized(
+        GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX, use_parallel_residual=False, attention_bias=False)), 0
+    ),
+    "phi3": lambda: tiny.randomized(
+        Phi3ForCausalLM(Phi3Config(**without("head_dim"), rope_parameters=turning(0.5))), 0
+    ),
+    "gemma": lambda: tiny.randomized(GemmaForCausalLM(GemmaConfig(**CAUSAL)), 0),
+    "gemma3": lambda: tiny.randomized(
+        Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **CAUSAL,
+                sliding_window=6,
+                query_pre_attn_scalar=16,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            )
+        ),
+        0,
+    ),
     "t5": lambda: tiny.t5(**T5, feed_forward_proj="relu"),
     "t5, gated": lambda: tiny.t5(**T5, feed_forward_proj="gated-gelu"),
     "t5, silu": lambda: tiny.t5(**T5, feed_forward_proj="gated-silu"),
@@ -136,7 +181,8 @@ def test_native_layers_give_the_logits_of_stock_ones(name: str, dtype: torch.dty
 def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(name: str, dtype: torch.dtype) -> None:
     """Alone or in a ragged batch, token by token or as a path of a tree: equal, not close, in bfloat16 too."""
     _, target = both(name, dtype)
-    parents = [-1, 0, 0, 0, 1, 0, 4, 2, 6, 8, 3, 9, 1, 11, 5, 13]  # a path with gaps, from one vector of slots to the next
+    # A path with gaps, from one vector of slots to the next.
+    parents = [-1, 0, 0, 0, 1, 0, 4, 2, 6, 8, 3, 9, 1, 11, 5, 13]
     nodes, tree = len(parents), torch.eye(len(parents), dtype=torch.bool)
     for node, parent in enumerate(parents[1:], 1):
         tree[node] |= tree[parent]
@@ -195,7 +241,7 @@ def test_the_native_encoder_reads_what_the_stock_one_reads(layers: int) -> None:
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=4)], ids=["greedy", "seeded"]
 )
-@pytest.mark.parametrize("name", ["llama", "mistral, window", "t5, gated"])
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "gpt2", "opt", "neox", "phi3", "gemma3", "t5, gated"])
 def test_drafts_change_no_token_in_bfloat16_either(name: str, sampling: Sampling, method: str) -> None:
     model = MODELS[name]().to(torch.bfloat16)
     prepare(model, "native")
@@ -209,7 +255,7 @@ def test_drafts_change_no_token_in_bfloat16_either(name: str, sampling: Sampling
 
 
 def test_auto_takes_native_where_it_can_and_changes_nothing_in_the_model(tmp_path: Path) -> None:
-    for name, expected in (("llama", "native"), ("gpt2", "eager")):
+    for name, expected in (("llama", "native"), ("gpt2", "native"), ("neox", "native"), ("narrow heads", "eager")):
         model = MODELS[name]() if name in MODELS else tiny.gpt2()
         model.save_pretrained(tmp_path / name)
         tiny.tokenizer(append_eos=False).save_pretrained(tmp_path / name)
@@ -217,8 +263,12 @@ def test_auto_takes_native_where_it_can_and_changes_nothing_in_the_model(tmp_pat
         assert runtime_of(loaded.lm).name == expected
         assert runtime_of(baton.load(tmp_path / name, runtime="eager").lm).name == "eager"
         loaded.lm.save_pretrained(tmp_path / "again")
-        weights, saved = model.state_dict(), loaded.lm.state_dict()
-        assert weights.keys() == saved.keys() and all(torch.equal(weights[key], saved[key]) for key in weights)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        for saved in (loaded.lm.state_dict(), again.state_dict()):
+            weights = model.state_dict()
+            assert weights.keys() == saved.keys() and all(torch.equal(weights[key], saved[key]) for key in weights)
+        ids = torch.tensor([[5, 6, 7, 8]])
+        torch.testing.assert_close(loaded.lm(ids).logits, model(ids).logits)  # stock layers go on as before
 
 
 def test_a_model_that_was_converted_runs_eager_and_its_old_engine_says_so() -> None:
@@ -238,7 +288,7 @@ def test_a_model_that_was_converted_runs_eager_and_its_old_engine_says_so() -> N
         (lambda: tiny.llama(**CAUSAL | {"head_dim": 8}), "heads 8 wide"),
         (lambda: tiny.llama(**CAUSAL | {"hidden_act": "tanh"}), "activation Tanh"),
         (lambda: tiny.llama(**CAUSAL).to(torch.float16), "float16"),
-        (tiny.gpt2, "no native layers for gpt2"),
+        (tiny.bart, "no native layers for bart"),
         (lambda: MODELS["t5"]().to(torch.bfloat16).requires_grad_(False), ""),
     ],
 )
@@ -259,13 +309,13 @@ def test_without_a_compiler_models_run_eager(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("BATON_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", "false")
     model = MODELS["llama"]()
-    assert "cannot be compiled" in native.make_native(model)
+    assert "cannot be compiled" in families.make_native(model)
     assert prepare(model, "auto") == "eager"
     native.kernels.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["llama, biases", "qwen3", "t5, gated"])
+@pytest.mark.parametrize("name", ["llama, biases", "qwen3", "gpt2", "neox", "phi3", "t5, gated"])
 @pytest.mark.parametrize("runtime", ["int8", "int4"])
 def test_fewer_bits_are_the_model_whose_weights_were_rounded(runtime: Any, name: str, dtype: torch.dtype) -> None:
     model = MODELS[name]().to(dtype)
@@ -275,9 +325,10 @@ def test_fewer_bits_are_the_model_whose_weights_were_rounded(runtime: Any, name:
     for small, module in zip(model.modules(), rounded.modules(), strict=True):
         if (smaller := copy_of(small)) is not None:
             four += isinstance(smaller, Int4)
-            module.weight = nn.Parameter(smaller.dense())
+            dense = smaller.dense()
+            module.weight = nn.Parameter(dense.T if type(module) is Conv1D else dense)
     layers = target_for(model).layers
-    inside = [m for m in layers.modules() if type(m) is nn.Linear]
+    inside = [m for m in layers.modules() if type(m) in (nn.Linear, Conv1D)]
     assert four == (len(inside) if runtime == "int4" else 0)
     assert isinstance(copy_of(model.get_output_embeddings()), Int8)  # the head, in both
     found = []
@@ -405,16 +456,16 @@ def test_what_fewer_bits_cost_is_measured_on_given_texts() -> None:
 def test_where_nothing_native_runs_four_bits_fall_back_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
     baton.runtime._said.clear()
     with caplog.at_level(logging.WARNING):
-        assert prepare(tiny.gpt2(), "int4") == "eager"
-        assert prepare(tiny.gpt2(), "int4") == "eager"
+        assert prepare(tiny.bart(), "int4") == "eager"
+        assert prepare(tiny.bart(), "int4") == "eager"
     assert [record.getMessage() for record in caplog.records] == [
-        "runtime int4 is not used: there are no native layers for gpt2 (for llama, mistral, qwen2, qwen3, t5, mt5)"
+        f"runtime int4 is not used: there are no native layers for bart (for {', '.join(families.TARGETS)})"
     ]
 
 
 def test_an_unknown_runtime_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UnknownOption, match="native"):
-        prepare(tiny.gpt2(), "nativ")  # type: ignore[arg-type]
+        prepare(tiny.bart(), "nativ")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

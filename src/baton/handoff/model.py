@@ -38,7 +38,7 @@ from baton.models.prompts import prompt_limit, same_tokenizer
 from baton.models.text import IGNORE, embed_tokens, pack, response_logits
 from baton.models.writer import PromptInputs
 from baton.runtime import prepare
-from baton.runtime.native import Projection, make_projection
+from baton.runtime.families import Projection, make_projection
 from baton.types import RuntimeName, Timings
 
 WEIGHTS = "handoff.safetensors"  # everything trained but a fully trained SLM, which has its own folder

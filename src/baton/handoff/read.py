@@ -21,7 +21,8 @@ from transformers import (
 
 from baton.errors import ModelMismatch, UnknownOption, UnsupportedModel
 from baton.models.loading import first_line, kind_of, quiet_loading, read_config
-from baton.runtime.native import T5Reader, make_reader
+from baton.runtime.families import make_reader
+from baton.runtime.t5 import T5Reader
 from baton.types import RuntimeName
 
 

@@ -28,7 +28,7 @@ def prepare(model: PreTrainedModel, runtime: RuntimeName = "auto") -> str:
     """
     if runtime not in (names := get_args(RuntimeName)):
         raise UnknownOption(f"no runtime {runtime!r}: {nearest(runtime, names)}")
-    from baton.runtime.native import make_native, make_smaller
+    from baton.runtime.families import make_native, make_smaller
     from baton.runtime.packed import pack
 
     if runtime == "eager":

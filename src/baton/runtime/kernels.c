@@ -26,6 +26,7 @@ typedef uint16_t bf16;
 
 enum { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3 };
+enum { RMS = 0, RMS_PLUS_ONE = 1, MEAN = 2 }; /* norms: by the root mean square; weights count from 1; LayerNorm */
 
 typedef struct {
   const void *weight, *bias; /* [out, in] and [out], or NULL */
@@ -33,17 +34,23 @@ typedef struct {
   int64_t out, in, kind;     /* kind: of the weights; those that are no copies are of the layer's dtype */
 } Linear;
 
+typedef struct {
+  const void *weight, *bias; /* [d] */
+} Norm;
+
 /* One layer. Parts that a family does not have are NULL. */
 typedef struct {
-  Linear q, k, v, o, cross_q, cross_o, gate, up, down; /* a feed-forward part without gate has only `gate` */
-  const void *norm, *cross_norm, *mlp_norm;            /* [d] */
-  const void *q_norm, *k_norm;                         /* [width], of every head */
+  Linear q, k, v, o, cross_q, cross_o, gate, up, down; /* a feed-forward part without gate has only `gate`; q may give all */
+  Norm norm, cross_norm, mlp_norm, post_norm, post_mlp_norm; /* before parts, and of what two of them give */
+  Norm q_norm, k_norm;                                       /* [width], of every head */
   const float *bias;                                   /* [heads, bias_size], added by distance */
   void *keys, *values;                                 /* [rows, kv_heads, capacity, width] */
   const void *cross_keys, *cross_values;               /* [rows, heads, cross_slots, width] */
   int64_t heads, kv_heads, width, capacity, cross_slots, bias_size, bias_offset, window;
+  int64_t head_step, first_key, first_value; /* where heads lie in what q, k and v give of a token */
+  int64_t turned, angles;                    /* numbers of a head that turn by position, and by which of the tables */
   float epsilon, scale;
-  int32_t dtype, activation;
+  int32_t dtype, activation, norms, parallel; /* parallel: the feed-forward part reads what attention reads */
 } Layer;
 
 /* What all layers of one pass share. */
@@ -53,10 +60,10 @@ typedef struct {
   const int32_t *lengths;   /* [rows], of an encoder's rows: all attend to all; NULL: each to what is before it */
   const int32_t *positions; /* [rows * count] */
   const uint8_t *tree;      /* [rows, count, count], who sees whom among the new tokens; NULL: a chain */
-  const float *cos, *sin;   /* [positions, width / 2], or NULL */
+  const float *cos, *sin;   /* [tables, reach, turned / 2], or NULL */
   const int32_t *cross_lengths; /* [rows] */
   char *scratch;            /* `scratch_bytes` of them */
-  int64_t rows, count, d, slots; /* slots: most that a row attends to */
+  int64_t rows, count, d, slots, reach; /* slots: most that a row attends to */
   int32_t threads;
 } Pass;
 
@@ -315,18 +322,37 @@ static void linear(const Linear *l, const void *x, int64_t m, int dtype, int64_t
   }
 }
 
-/* Rows of x, [m, d], by their root mean square and a weight, into the weights' dtype. */
-static void rms_norm(const float *x, const void *weight, int64_t m, int64_t d, float epsilon, int dtype, void *out) {
-  for (int64_t i = 0; i < m; i++) {
-    vf squares = {0};
-    for (int64_t at = 0; at < d; at += LANES) {
-      vf v = load_f32(x + i * d + at);
-      squares += v * v;
-    }
-    const float by = 1.0f / sqrtf(sum(squares) / (float)d + epsilon);
-    for (int64_t at = 0; at < d; at += LANES)
-      store(out, i * d + at, load_f32(x + i * d + at) * by * load(weight, at, dtype), dtype);
+/* A row of x, [d], normed: into `out` in the weights' dtype, or added to `sums`. One copy, which rounds in one way. */
+static __attribute__((noinline)) void norm_row(const Norm *n, int kind, const float *x, int64_t d, float epsilon, int dtype,
+                                               void *out, float *sums) {
+  vf all = {0}, squares = {0};
+  if (kind == MEAN)
+    for (int64_t at = 0; at < d; at += LANES) all += load_f32(x + at);
+  const float mean = kind == MEAN ? sum(all) / (float)d : 0.0f;
+  for (int64_t at = 0; at < d; at += LANES) {
+    vf v = load_f32(x + at) - mean;
+    squares += v * v;
   }
+  const float by = 1.0f / sqrtf(sum(squares) / (float)d + epsilon);
+  for (int64_t at = 0; at < d; at += LANES) {
+    vf weight = load(n->weight, at, dtype), y = load_f32(x + at);
+    if (kind == MEAN) y -= mean;
+    if (kind == RMS_PLUS_ONE) weight += 1.0f;
+    y = y * by * weight;
+    if (n->bias) y += load(n->bias, at, dtype);
+    if (sums) store_f32(sums + at, load_f32(sums + at) + y);
+    else store(out, at, y, dtype);
+  }
+}
+
+/* e^(-x^2/2) gives the error function of x / sqrt 2 to 1.5e-7: Abramowitz and Stegun, 7.1.26. */
+INLINE vf normal_below(vf x) { /* what lies below x of a normal distribution */
+  const vf z = pick(x < 0.0f, -x, x) * 0.70710678f, t = 1.0f / (z * 0.3275911f + 1.0f);
+  vf tail = t * 1.061405429f - 1.453152027f;
+  tail = tail * t + 1.421413741f;
+  tail = tail * t - 0.284496736f;
+  tail = (tail * t + 0.254829592f) * t * exponential(-z * z) * 0.5f;
+  return pick(x < 0.0f, tail, 1.0f - tail);
 }
 
 INLINE vf activate(vf x, int kind) {
@@ -336,8 +362,7 @@ INLINE vf activate(vf x, int kind) {
     vf y = (x * x * x * 0.044715f + x) * 0.7978845608f;
     return x / (exponential(y * -2.0f) + 1.0f);
   }
-  for (int i = 0; i < LANES; i++) x[i] *= 0.5f * (1.0f + erff(x[i] * 0.70710678f));
-  return x;
+  return x * normal_below(x);
 }
 
 /* A thread's share of n things, in whole vectors. */
@@ -417,20 +442,21 @@ INLINE void attend(const void *q, const void *k, const void *v, int64_t slots, i
 ATTEND(attend_f32, F32)
 ATTEND(attend_bf16, BF16)
 
-/* Turn a head's vector by its position, arXiv 2104.09864; the halves are turned together. */
-static void turn(float *x, const float *cos, const float *sin, int64_t width) {
-  for (int64_t i = 0; i < width / 2; i++) {
-    const float a = x[i], b = x[i + width / 2];
+/* Turn the first numbers of a head by its position, arXiv 2104.09864; their halves are turned together. */
+static void turn(float *x, const float *cos, const float *sin, int64_t turned) {
+  const int64_t half = turned / 2;
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half];
     x[i] = a * cos[i] - b * sin[i];
-    x[i + width / 2] = b * cos[i] + a * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
   }
 }
 
-static void norm_head(float *x, const void *weight, int64_t width, float epsilon, int dtype) {
+static void norm_head(float *x, const Norm *n, int kind, int64_t width, float epsilon, int dtype) {
   float squares = 0;
   for (int64_t i = 0; i < width; i++) squares += x[i] * x[i];
-  const float by = 1.0f / sqrtf(squares / (float)width + epsilon);
-  for (int64_t i = 0; i < width; i++) x[i] *= by * load_one(weight, i, dtype);
+  const float by = 1.0f / sqrtf(squares / (float)width + epsilon), from = kind == RMS_PLUS_ONE ? 1.0f : 0.0f;
+  for (int64_t i = 0; i < width; i++) x[i] *= by * (from + load_one(n->weight, i, dtype));
 }
 
 INLINE int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -467,10 +493,11 @@ static void look(const Layer *l, const Pass *p, int64_t row, int64_t query, int6
 }
 
 /* Queries that share keys and values, TILE at a time. q: [heads of the group, n, width] in the weights' dtype, made from
-   the rows of `from`, [n, wide], which start at the group's first head. Output goes to `seen`, [n, out_width]. */
+   the rows of `from`, [n, wide], which start at the group's first head, `step` before the next. Output goes to `seen`,
+   [n, out_width]. */
 static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t first, int64_t heads, const float *from,
-                         int64_t wide, const void *keys, const void *values, int64_t slots, int cross, char *mine,
-                         int64_t padded, char *seen) {
+                         int64_t wide, int64_t step, const void *keys, const void *values, int64_t slots, int cross,
+                         char *mine, int64_t padded, char *seen) {
   const int64_t n = p->count, width = l->width, all = heads * n, out_width = l->heads * width;
   const int64_t bytes = size_of(l->dtype);
   char *q = take(&mine, TILE * width * 4), *out = take(&mine, TILE * width * 4);
@@ -484,7 +511,7 @@ static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t fir
     for (int t = 0; t < m; t++) {
       const int64_t head = (at + t) / n, i = (at + t) % n;
       for (int64_t c = 0; c < width; c += LANES)
-        store(q, t * width + c, load_f32(from + i * wide + head * width + c), l->dtype);
+        store(q, t * width + c, load_f32(from + i * wide + head * step + c), l->dtype);
       if (cross) memset(scores + t * padded, 0, 4 * slots);
       else look(l, p, row, i, first + head, seeing, scores + t * padded);
     }
@@ -506,46 +533,77 @@ static int64_t thread_bytes(const Layer *l, int64_t tokens, int64_t d, int64_t s
   return rounded(4 * (tokens < FEW ? tokens : FEW) * d) + 2 * rounded(4 * TILE * l->width) + rounded(4 * TILE * padded);
 }
 
+INLINE int64_t qkv_out(const Layer *l) { return l->q.out + l->k.out + l->v.out; }
+INLINE int64_t widest(const Layer *l, int64_t d) { return l->gate.out > d ? l->gate.out : d; }
+
 /* Bytes that `layer` works in. */
 int64_t scratch_bytes(const Layer *l, int64_t tokens, int64_t d, int64_t slots, int32_t threads) {
-  const int64_t a_token = (l->heads + 2 * l->kv_heads + l->heads) * l->width + 3 * l->gate.out + d;
+  const int64_t a_token = qkv_out(l) + l->heads * l->width + 3 * widest(l, d) + d;
   return 4 * tokens * a_token + 8 * 64 + threads * thread_bytes(l, tokens, d, slots);
 }
 
 /* All tokens normed, in the weights' dtype; called by all threads of a region. */
-static const void *normed(const Layer *l, const Pass *p, const void *weight, void *mine, void *shared) {
-  const int64_t m = p->rows * p->count, d = p->d;
+static const void *normed(const Layer *l, const Pass *p, const Norm *norm, void *mine, void *shared) {
+  const int64_t m = p->rows * p->count, d = p->d, row = d * size_of(l->dtype);
   if (m <= FEW) {
-    rms_norm(p->hidden, weight, m, d, l->epsilon, l->dtype, mine);
+    for (int64_t i = 0; i < m; i++)
+      norm_row(norm, l->norms, p->hidden + i * d, d, l->epsilon, l->dtype, (char *)mine + i * row, 0);
     return mine;
   }
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < m; i++)
-    rms_norm(p->hidden + i * d, weight, 1, d, l->epsilon, l->dtype, (char *)shared + i * d * size_of(l->dtype));
+    norm_row(norm, l->norms, p->hidden + i * d, d, l->epsilon, l->dtype, (char *)shared + i * row, 0);
   return shared;
+}
+
+/* What a part gives of `x`, [m, in], added to the residual stream, after a norm if it has one; called by all threads. */
+static void give(const Layer *l, const Pass *p, const Linear *map, const Norm *norm, const void *x, float *given) {
+  const int64_t m = p->rows * p->count, d = p->d;
+  int64_t first, last;
+  share(d, &first, &last);
+  linear(map, x, m, l->dtype, first, last, norm->weight ? given : p->hidden, d, !norm->weight);
+  if (!norm->weight) return;
+#pragma omp barrier
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < m; i++) norm_row(norm, l->norms, given + i * d, d, l->epsilon, l->dtype, 0, p->hidden + i * d);
+}
+
+/* The feed-forward part up to what its last map is given, [m, inner]; called by all threads. */
+static void feed(const Layer *l, const Pass *p, void *few, void *shared, float *gate, float *up, char *product) {
+  const int64_t m = p->rows * p->count, inner = l->gate.out;
+  int64_t first, last;
+  const void *x = normed(l, p, &l->mlp_norm, few, shared);
+  share(inner, &first, &last);
+  linear(&l->gate, x, m, l->dtype, first, last, gate, inner, 0);
+  if (l->up.weight) linear(&l->up, x, m, l->dtype, first, last, up, inner, 0);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t c = i * inner + first; c < i * inner + last; c += LANES) {
+      vf y = activate(load_f32(gate + c), l->activation);
+      store(product, c, l->up.weight ? y * load_f32(up + c) : y, l->dtype);
+    }
 }
 
 void layer(const Layer *l, const Pass *p) {
   const int64_t n = p->count, m = p->rows * n, d = p->d, width = l->width, groups = l->heads / l->kv_heads;
-  const int64_t q_out = l->heads * width, kv_out = l->kv_heads * width, wide = q_out + 2 * kv_out, inner = l->gate.out;
+  const int64_t q_out = l->heads * width, wide = qkv_out(l), step = l->head_step, half = l->turned / 2;
   const int64_t bytes = size_of(l->dtype), padded = (p->slots + LANES - 1) / LANES * LANES;
   const int dtype = l->dtype;
   char *free = p->scratch;
   float *qkv = (float *)take(&free, 4 * m * wide);
-  char *seen = take(&free, 4 * m * q_out), *product = take(&free, 4 * m * inner);
-  float *gate = (float *)take(&free, 4 * m * inner), *up = (float *)take(&free, 4 * m * inner);
+  char *seen = take(&free, 4 * m * q_out), *product = take(&free, 4 * m * l->gate.out);
+  float *gate = (float *)take(&free, 4 * m * widest(l, d)), *up = (float *)take(&free, 4 * m * l->gate.out);
   char *shared = take(&free, 4 * m * d), *own = free;
 #pragma omp parallel num_threads(p->threads)
   {
     char *mine = own + omp_get_thread_num() * thread_bytes(l, m, d, p->slots);
     void *few = take(&mine, 4 * (m < FEW ? m : FEW) * d);
-    int64_t first, last;
-    const void *x = normed(l, p, l->norm, few, shared);
-    share(q_out, &first, &last);
-    linear(&l->q, x, m, dtype, first, last, qkv, wide, 0);
-    share(kv_out, &first, &last);
-    linear(&l->k, x, m, dtype, first, last, qkv + q_out, wide, 0);
-    linear(&l->v, x, m, dtype, first, last, qkv + q_out + kv_out, wide, 0);
+    int64_t first, last, at = 0;
+    const void *x = normed(l, p, &l->norm, few, shared);
+    for (const Linear *part = &l->q; part <= &l->v; at += part++->out) {
+      if (!part->weight) continue;
+      share(part->out, &first, &last);
+      linear(part, x, m, dtype, first, last, qkv + at, wide, 0);
+    }
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p->rows * l->kv_heads; unit++) {
@@ -554,14 +612,15 @@ void layer(const Layer *l, const Pass *p) {
       const int64_t at = (row * l->kv_heads + group) * l->capacity * width;
       char *keys = (char *)l->keys + at * bytes, *values = (char *)l->values + at * bytes;
       for (int64_t i = 0; i < n; i++) {
-        float *token = qkv + (row * n + i) * wide, *k = token + q_out + group * width, *v = k + kv_out;
+        float *token = qkv + (row * n + i) * wide, *k = token + l->first_key + group * step;
+        const float *v = token + l->first_value + group * step;
         for (int64_t h = 0; h <= groups; h++) { /* the queries of the group, then its key */
-          float *vector = h < groups ? token + (group * groups + h) * width : k;
-          const void *weight = h < groups ? l->q_norm : l->k_norm;
-          if (weight) norm_head(vector, weight, width, l->epsilon, dtype);
-          if (p->cos) {
-            const int64_t angle = p->positions[row * n + i] * (width / 2);
-            turn(vector, p->cos + angle, p->sin + angle, width);
+          float *vector = h < groups ? token + (group * groups + h) * step : k;
+          const Norm *norm = h < groups ? &l->q_norm : &l->k_norm;
+          if (norm->weight) norm_head(vector, norm, l->norms, width, l->epsilon, dtype);
+          if (half) {
+            const int64_t angle = (l->angles * p->reach + p->positions[row * n + i]) * half;
+            turn(vector, p->cos + angle, p->sin + angle, l->turned);
           }
         }
         for (int64_t c = 0; c < width; c += LANES) {
@@ -569,45 +628,42 @@ void layer(const Layer *l, const Pass *p) {
           store(values, (start + i) * width + c, load_f32(v + c), dtype);
         }
       }
-      attend_group(l, p, row, group * groups, groups, qkv + row * n * wide + group * groups * width, wide, keys, values,
-                   slots, 0, mine, padded, seen);
+      attend_group(l, p, row, group * groups, groups, qkv + row * n * wide + group * groups * step, wide, step, keys,
+                   values, slots, 0, mine, padded, seen);
     }
-    share(d, &first, &last);
-    linear(&l->o, seen, m, dtype, first, last, p->hidden, d, 1);
+    if (l->parallel) {
+      feed(l, p, few, shared, gate, up, product);
+#pragma omp barrier
+    }
+    give(l, p, &l->o, &l->post_norm, seen, gate);
 #pragma omp barrier
     if (l->cross_q.weight) {
-      x = normed(l, p, l->cross_norm, few, shared);
+      x = normed(l, p, &l->cross_norm, few, shared);
       share(q_out, &first, &last);
       linear(&l->cross_q, x, m, dtype, first, last, qkv, wide, 0);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (int64_t unit = 0; unit < p->rows * l->heads; unit++) {
         const int64_t row = unit / l->heads, h = unit % l->heads, at = unit * l->cross_slots * width * bytes;
-        attend_group(l, p, row, h, 1, qkv + row * n * wide + h * width, wide, (const char *)l->cross_keys + at,
+        attend_group(l, p, row, h, 1, qkv + row * n * wide + h * width, wide, width, (const char *)l->cross_keys + at,
                      (const char *)l->cross_values + at, p->cross_lengths[row], 1, mine, padded, seen);
       }
       share(d, &first, &last);
       linear(&l->cross_o, seen, m, dtype, first, last, p->hidden, d, 1);
 #pragma omp barrier
     }
-    x = normed(l, p, l->mlp_norm, few, shared);
-    share(inner, &first, &last);
-    linear(&l->gate, x, m, dtype, first, last, gate, inner, 0);
-    if (l->up.weight) linear(&l->up, x, m, dtype, first, last, up, inner, 0);
-    for (int64_t i = 0; i < m; i++)
-      for (int64_t c = i * inner + first; c < i * inner + last; c += LANES) {
-        vf y = activate(load_f32(gate + c), l->activation);
-        store(product, c, l->up.weight ? y * load_f32(up + c) : y, dtype);
-      }
+    if (!l->parallel) {
+      feed(l, p, few, shared, gate, up, product);
 #pragma omp barrier
-    share(d, &first, &last);
-    linear(&l->down, product, m, dtype, first, last, p->hidden, d, 1);
+    }
+    give(l, p, &l->down, &l->post_mlp_norm, product, gate);
   }
 }
 
 /* Rows of x, [m, d] in float32, normed into the weights' dtype. */
-void norm(const float *x, const void *weight, int64_t m, int64_t d, float epsilon, int32_t dtype, void *out) {
-  rms_norm(x, weight, m, d, epsilon, dtype, out);
+void norm(const Norm *n, const float *x, int64_t m, int64_t d, float epsilon, int32_t kind, int32_t dtype, void *out) {
+  for (int64_t i = 0; i < m; i++)
+    norm_row(n, kind, x + i * d, d, epsilon, dtype, (char *)out + i * d * size_of(dtype), 0);
 }
 
 /* A linear map by itself: x, [m, in] in the weights' dtype, to out, [m, out] in float32. */

@@ -19,25 +19,36 @@ from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from baton.cache import CrossCache, Memory, RowCache
+from baton.cache import CrossCache, Memory
 from baton.data.storage import cache_folder
 from baton.errors import BatonError, UnsupportedModel
-from baton.models.adapter import T5, DecoderOnly, Runtime, Target, target_for
-from baton.models.writer import PromptInputs
-from baton.runtime.quantized import COPY, GROUP, Int4, Int8, copy_of
+from baton.models.adapter import Target
+from baton.runtime.quantized import TOGETHER, Int4, Int8, copy_of, matrix_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 INT8, INT4 = 2, 3  # kinds of weights besides
-ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "ReLU": 1, "NewGELUActivation": 2, "GELUTanh": 2, "GELUActivation": 3}
+RMS, RMS_PLUS_ONE, MEAN = 0, 1, 2  # kinds of norms
+ACTIVATIONS = {
+    "SiLU": 0,
+    "SiLUActivation": 0,
+    "ReLU": 1,
+    "NewGELUActivation": 2,
+    "GELUTanh": 2,
+    "PytorchGELUTanh": 2,
+    "GELUActivation": 3,
+}
 LANES = 16
-_T = TypeVar("_T")
 TOKENS_AT_ONCE = 512  # of a prompt pass; more would only take more memory
+
+
+class _Norm(Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("weight", "bias"))
 
 
 class _Linear(Structure):
@@ -47,17 +58,19 @@ class _Linear(Structure):
     )
 
 
-class _Layer(Structure):
+class Layer(Structure):
+    """One layer as C sees it; what its parts mean is said in `kernels.c`."""
+
     _fields_ = (
         *((name, _Linear) for name in ("q", "k", "v", "o", "cross_q", "cross_o", "gate", "up", "down")),
-        *((name, c_void_p) for name in ("norm", "cross_norm", "mlp_norm", "q_norm", "k_norm", "bias")),
-        *((name, c_void_p) for name in ("keys", "values", "cross_keys", "cross_values")),
+        *((name, _Norm) for name in ("norm", "cross_norm", "mlp_norm", "post_norm", "post_mlp_norm")),
+        *((name, _Norm) for name in ("q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("bias", "keys", "values", "cross_keys", "cross_values")),
         *((name, c_int64) for name in ("heads", "kv_heads", "width", "capacity", "cross_slots")),
         *((name, c_int64) for name in ("bias_size", "bias_offset", "window")),
-        ("epsilon", c_float),
-        ("scale", c_float),
-        ("dtype", c_int32),
-        ("activation", c_int32),
+        *((name, c_int64) for name in ("head_step", "first_key", "first_value", "turned", "angles")),
+        *((name, c_float) for name in ("epsilon", "scale")),
+        *((name, c_int32) for name in ("dtype", "activation", "norms", "parallel")),
     )
 
 
@@ -65,7 +78,7 @@ class _Pass(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("hidden", "starts", "lengths", "positions", "tree", "cos", "sin")),
         *((name, c_void_p) for name in ("cross_lengths", "scratch")),
-        *((name, c_int64) for name in ("rows", "count", "d", "slots")),
+        *((name, c_int64) for name in ("rows", "count", "d", "slots", "reach")),
         ("threads", c_int32),
     )
 
@@ -98,7 +111,7 @@ def kernels() -> Any:
     pointer, size = c_void_p, c_int64
     loaded.layer.argtypes = (pointer, pointer)
     loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = (pointer, size, size, size, c_int32), c_int64
-    loaded.norm.argtypes = (pointer, pointer, size, size, c_float, c_int32, pointer)
+    loaded.norm.argtypes = (pointer, pointer, size, size, c_float, c_int32, c_int32, pointer)
     loaded.map.argtypes = (pointer, pointer, size, c_int32, c_int32, pointer)
     return loaded
 
@@ -137,25 +150,38 @@ class Parts:
         """Whether the weights that are watched are still where they were."""
         return all(module.weight.data_ptr() == address for module, address in self.watched)
 
-    def linear(self, layer: Any) -> _Linear:
-        """A linear layer as it is, or its copy in fewer bits where there is one."""
-        weight = self._plain(layer, layer.weight, nn.Linear)
+    def linear(self, layer: Any, rows: range | None = None) -> _Linear:
+        """A linear layer as it is, or its copy in fewer bits where there is one.
+
+        Args:
+            rows: of its outputs, from a multiple of four on; None: all.
+        """
+        if type(layer) is Conv1D and not layer.weight.T.is_contiguous():
+            layer.weight.data = layer.weight.data.T.contiguous().T  # the same numbers, laid out as others lay theirs
+        weight = self._plain(layer, layer.weight, nn.Linear, Conv1D)
+        out, inner = matrix_of(layer).shape
         step = LANES if self.dtype == torch.float32 else 2 * LANES
-        if weight.shape[1] % step:
-            raise UnsupportedModel(f"weights {weight.shape[1]} wide are no multiple of {step}")
-        bias = None if layer.bias is None else self._plain(layer, layer.bias, nn.Linear).data_ptr()
-        match copy_of(layer):
-            case Int8(levels, scales):
-                self.held += [levels, scales]
-                return _Linear(levels.data_ptr(), bias, scales.data_ptr(), *weight.shape, INT8)
+        if inner % step:
+            raise UnsupportedModel(f"weights {inner} wide are no multiple of {step}")
+        rows = range(out) if rows is None else rows
+        copy, bias, scales = copy_of(layer), layer.bias, None
+        match copy:
+            case Int8(levels, each):
+                self.held += [levels, each]
+                data, scales, kind = levels[rows.start :].data_ptr(), each[rows.start :].data_ptr(), INT8
             case Int4(packed):
                 self.held.append(packed)
-                return _Linear(packed.data_ptr(), bias, None, *weight.shape, INT4)
-        return _Linear(weight.data_ptr(), bias, None, *weight.shape, DTYPES[self.dtype])
+                data, kind = packed[rows.start // TOGETHER :].data_ptr(), INT4
+            case _:
+                data, kind = weight.data_ptr() + rows.start * inner * weight.itemsize, DTYPES[self.dtype]
+        if bias is not None:
+            bias = self._plain(layer, bias, nn.Linear, Conv1D)[rows.start :].data_ptr()
+        return _Linear(data, bias, scales, len(rows), inner, kind)
 
-    def norm(self, norm: Any) -> int:
+    def norm(self, norm: Any) -> _Norm:
         self.watch(norm)  # small, and in every layer
-        return self._plain(norm, norm.weight, type(norm)).data_ptr()
+        weight, bias = self._plain(norm, norm.weight, type(norm)), getattr(norm, "bias", None)
+        return _Norm(weight.data_ptr(), None if bias is None else self._plain(norm, bias, type(norm)).data_ptr())
 
     def width(self, width: int) -> int:
         """Of a head."""
@@ -169,10 +195,11 @@ class Parts:
             raise UnsupportedModel(f"native layers do not know the activation {name}")
         return ACTIVATIONS[name]
 
-    def _plain(self, module: Any, weight: Any, kind: type) -> Tensor:
-        if type(module) is not kind or type(weight) is not nn.Parameter:
+    def _plain(self, module: Any, weight: Any, *kinds: type) -> Tensor:
+        if type(module) not in kinds or type(weight) is not nn.Parameter:
             raise UnsupportedModel(f"it holds layers of another kind: {type(module).__name__}")
-        if weight.dtype != self.dtype or weight.device.type != "cpu" or not weight.is_contiguous():
+        laid = weight.T if type(module) is Conv1D and weight.ndim == 2 else weight
+        if weight.dtype != self.dtype or weight.device.type != "cpu" or not laid.is_contiguous():
             raise UnsupportedModel(
                 f"weights of {type(module).__name__} are not all in {self.dtype}, on the CPU, in one piece"
             )
@@ -188,7 +215,7 @@ class Stack:
         d: width of the residual stream.
     """
 
-    def __init__(self, layers: list[_Layer], d: int, parts: Parts) -> None:
+    def __init__(self, layers: list[Layer], d: int, parts: Parts) -> None:
         self.layers, self.d = layers, d
         self.parts = parts
         self.bias: Tensor | None = None  # what the layers' pointers lead to
@@ -222,7 +249,7 @@ class Stack:
             storage: of a layer, keys and values [rows, kv_heads, capacity, width] for b rows and more.
             lengths: of an encoder's rows; None: each token attends to what is before it.
             tree: bool [b or 1, n, n], who attends to whom among the new tokens; None: a chain.
-            angles: cosine and sine, float32 [positions, width / 2].
+            angles: cosine and sine, float32 [tables, positions, half of what turns].
             layers: which; None: all.
         Returns: copies of what the layers in `keep` gave, by number; 0 is what the first was given.
         """
@@ -260,6 +287,7 @@ class Stack:
             count=n,
             d=self.d,
             slots=slots,
+            reach=0 if angles is None else angles[0].shape[1],
             threads=threads,
         )
         run = kernels().layer
@@ -286,20 +314,40 @@ def _address(numbers: Any) -> int | None:
     return None if numbers is None else ctypes.addressof(numbers)
 
 
-def normed(hidden: Tensor, norm: Any) -> Tensor:
-    """Float32 [..., d] after an RMS norm, in the dtype of its weight."""
-    states, width = hidden.contiguous(), hidden.shape[-1]
-    out = torch.empty_like(states, dtype=norm.weight.dtype)
-    kernels().norm(
-        states.data_ptr(),
-        norm.weight.data_ptr(),
-        states.numel() // width,
-        width,
-        norm.variance_epsilon,
-        DTYPES[out.dtype],
-        out.data_ptr(),
-    )
-    return out
+def shape(heads: int, kv_heads: int, width: int) -> dict[str, int]:
+    """Of an attention whose queries, keys and values come in this order, head by head."""
+    places = {"head_step": width, "first_key": heads * width, "first_value": (heads + kv_heads) * width}
+    return {"heads": heads, "kv_heads": kv_heads, "width": width, **places}
+
+
+def norm_kind(norm: Any) -> int:
+    """Which of C's norms a module is."""
+    if isinstance(norm, nn.LayerNorm):
+        return MEAN
+    return RMS_PLUS_ONE if type(norm).__name__ in ("GemmaRMSNorm", "Gemma3RMSNorm") else RMS
+
+
+def epsilon_of(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+class LastNorm:
+    """The norm before a head.
+
+    Raises: UnsupportedModel where C cannot take its weights.
+    """
+
+    def __init__(self, norm: Any, parts: Parts) -> None:
+        self.made, self.kind, self.epsilon = parts.norm(norm), norm_kind(norm), epsilon_of(norm)
+        self.dtype = parts.dtype
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Float32 [..., d] to the same, normed, in the weights' dtype."""
+        states, width = hidden.contiguous(), hidden.shape[-1]
+        out = torch.empty_like(states, dtype=self.dtype)
+        where, rows = (states.data_ptr(), out.data_ptr()), states.numel() // width
+        kernels().norm(byref(self.made), where[0], rows, width, self.epsilon, self.kind, DTYPES[self.dtype], where[1])
+        return out
 
 
 def apply(linear: _Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -313,7 +361,7 @@ def apply(linear: _Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _writable(states: Tensor) -> Tensor:
+def writable(states: Tensor) -> Tensor:
     """A float32 copy, in one piece: layers work in place."""
     return states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
@@ -324,7 +372,7 @@ class Native(Target):
     stack: Stack
     output: _Linear  # the head
     like: Tensor  # of the heads, width and dtype of keys and values
-    norm: Any  # the last one
+    norm: LastNorm
     kept: dict[int, Tensor] | None = None  # what `capture` wants: layer -> its latest output
     wanted: Collection[int] = ()
 
@@ -338,14 +386,22 @@ class Native(Target):
         positions: Tensor | None,
         tree: Tensor | None,
     ) -> Tensor:
-        states = _writable(self.embed(ids) if hidden is None else hidden)
+        states = self.entering(ids, memory, positions) if hidden is None else writable(hidden)
         self.through(states, memory, positions, tree, range(low, high))
         return states
 
     def run(self, ids: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None) -> Tensor:
-        states = self.embed(ids).float()
+        states = self.entering(ids, memory, positions)
         self.through(states, memory, positions, tree, range(len(self.layers)))
-        return normed(states, self.norm)
+        return self.norm(states)
+
+    def entering(self, ids: Tensor, memory: Memory, positions: Tensor | None) -> Tensor:
+        """What the first layer is given of announced tokens, float32 [b, n, d], for it to change."""
+        return self.at_positions(writable(self.embed(ids)), memory, positions)
+
+    def at_positions(self, states: Tensor, memory: Memory, positions: Tensor | None) -> Tensor:
+        """Embeddings of announced tokens with what a family adds to them by position."""
+        return states
 
     def through(
         self, states: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None, layers: range
@@ -383,298 +439,9 @@ class Native(Target):
             self.kept, self.wanted = before
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.unembed(normed(hidden.float(), self.norm))
+        return self.unembed(self.norm(hidden.float()))
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Float32, whatever the model's dtype: nothing is rounded after the last sum."""
-        return apply(self.output, hidden, self.dtype)
-
-
-class NativeRotary(Native, DecoderOnly):
-    """Llama, Mistral, Qwen2, Qwen3."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        self.angles: tuple[Tensor, Tensor] | None = None  # of all positions so far
-        first, parts = self.layers[0].self_attn, Parts(model.dtype, model.device)
-        self.like = torch.empty((1, first.k_proj.out_features // first.head_dim, 1, first.head_dim), dtype=self.dtype)
-        self.norm = self.decoder.norm
-        parts.norm(self.norm)
-        self.output = parts.linear(self.lm_head)
-        layers = [self._layer(layer, parts) for layer in self.layers]
-        self.stack = Stack(layers, model.config.hidden_size, parts)
-        if 2 * self._angles(1)[0].shape[1] != first.head_dim:
-            raise UnsupportedModel("native layers turn whole heads by their positions, and this model a part of each")
-
-    def _layer(self, layer: Any, parts: Parts) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        config: Any = self.model.config
-        slides = not self.layer_kinds or config.layer_types[attention.layer_idx] == "sliding_attention"
-        made = _Layer(
-            **{name: parts.linear(getattr(attention, f"{name}_proj")) for name in "qkvo"},
-            **{name: parts.linear(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")},
-            norm=parts.norm(layer.input_layernorm),
-            mlp_norm=parts.norm(layer.post_attention_layernorm),
-            heads=attention.q_proj.out_features // attention.head_dim,
-            kv_heads=attention.k_proj.out_features // attention.head_dim,
-            width=parts.width(attention.head_dim),
-            window=self.window if self.window is not None and slides else 0,
-            epsilon=layer.input_layernorm.variance_epsilon,
-            scale=attention.scaling,
-            dtype=DTYPES[self.dtype],
-            activation=parts.activation(mlp.act_fn),
-        )
-        if hasattr(attention, "q_norm"):
-            made.q_norm, made.k_norm = parts.norm(attention.q_norm), parts.norm(attention.k_norm)
-        return made
-
-    @torch.inference_mode()
-    def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
-        rows, width = inputs.mask.shape
-        memory = Memory(RowCache(len(self.layers), rows, capacity=width + 64))
-        states = inputs.embeds if inputs.ids is None else self.embed(inputs.ids)
-        assert states is not None
-        lengths = inputs.mask.sum(1)
-        last = torch.zeros((rows, self.stack.d))
-        step = max(1, TOKENS_AT_ONCE // rows)
-        seen: dict[int, list[Tensor]] = {layer: [] for layer in self.wanted}
-        for start in range(0, width, step):
-            part = _writable(states[:, start : start + step])
-            memory.own.append(part.shape[1])
-            self.through(part, memory, None, None, range(len(self.layers)))
-            for layer, parts in seen.items():
-                parts.append(self.kept[layer] if self.kept is not None else part)
-            here = (lengths > start) & (lengths <= start + part.shape[1])
-            last[here] = part[here, lengths[here] - 1 - start]
-        if self.kept is not None:
-            self.kept.update({layer: torch.cat(parts, 1) for layer, parts in seen.items()})
-        memory.truncate(lengths.tolist())
-        return self.unembed(normed(last, self.norm)), memory
-
-    def surroundings(self, memory: Memory, reach: int) -> dict[str, Any]:
-        if self.angles is None or len(self.angles[0]) < reach:
-            self.angles = self._angles(max(1024, 2 * reach))
-        return {"angles": self.angles}
-
-    def _angles(self, count: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, float32 [count, half of a head]; the halves are turned alike."""
-        positions = torch.arange(count, device=self.device)[None]
-        both = self.decoder.rotary_emb(torch.empty(0, dtype=torch.float32), positions)
-        cos, sin = (angle[0, :, : angle.shape[-1] // 2].contiguous() for angle in both)
-        return cos, sin
-
-
-class NativeT5(Native, T5):
-    """T5 and mT5."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        first, parts = self.layers[0].layer[0].SelfAttention, Parts(model.dtype, model.device)
-        self.like = torch.empty((1, first.n_heads, 1, first.key_value_proj_dim), dtype=self.dtype)
-        self.norm = self.decoder.final_layer_norm
-        parts.norm(self.norm)
-        self.output = parts.linear(self.lm_head)
-        layers = [_t5_layer(block, parts) for block in self.layers]
-        reading = [block.layer[1].EncDecAttention for block in self.layers]
-        self.reading = [(parts.linear(attention.k), parts.linear(attention.v)) for attention in reading]
-        self.stack = Stack(layers, model.config.d_model, parts)
-        self.stack.set_bias(self.bias_by_distance.T, 0)
-        self.reader = T5Reader(self.encoder)
-
-    def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
-        states = inputs.states
-        if states is None:
-            embeds = self.encoder.get_input_embeddings()(inputs.ids) if inputs.embeds is None else inputs.embeds
-            states = self.reader(embeds, inputs.mask)
-        return states, inputs.mask.bool()[:, None, None, :]
-
-    def unembed(self, hidden: Tensor) -> Tensor:
-        return Native.unembed(self, hidden if self.scale is None else hidden * self.scale)
-
-    def surroundings(self, memory: Memory, reach: int) -> dict[str, Any]:
-        if reach > len(self.bias_by_distance):
-            self.bias_by_distance = self._biases(2 * reach)
-            self.stack.set_bias(self.bias_by_distance.T, 0)
-        cross = memory.cross
-        assert cross is not None
-        if not cross.layers[0].is_initialized:
-            b, m, _ = cross.states.shape
-            for index, maps in enumerate(self.reading):
-                k, v = (
-                    apply(part, cross.states, self.dtype).to(self.dtype).view(b, m, self.like.shape[1], -1)
-                    for part in maps
-                )
-                cross.update(k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), index)
-        return {"cross": cross}
-
-
-class T5Reader:
-    """The encoder of a T5 or mT5.
-
-    Args:
-        encoder: the stock one, `T5Stack`, or a model that is an encoder alone.
-    Raises: UnsupportedModel where C cannot take its weights.
-    """
-
-    def __init__(self, encoder: Any) -> None:
-        stack = getattr(encoder, "encoder", encoder)
-        self.norm, self.blocks, parts = stack.final_layer_norm, stack.block, Parts(encoder.dtype, encoder.device)
-        parts.norm(self.norm)
-        self.stack = Stack([_t5_layer(block, parts) for block in self.blocks], stack.config.d_model, parts)
-        self.reach = 0  # positions that the bias is known for
-
-    @torch.no_grad()
-    def __call__(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [b, m, d], right-padded, and their mask [b, m] to the encoder's states [b, m, d]."""
-        m = embeds.shape[1]
-        if self.blocks and m > self.reach:
-            self._set_bias(max(64, 2 * m))
-        rows = max(1, TOKENS_AT_ONCE // m)
-        parts = zip(embeds.split(rows), mask.split(rows), strict=True)
-        return torch.cat([self._read(some, theirs) for some, theirs in parts])
-
-    def _read(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        b, m, _ = embeds.shape
-        states = _writable(embeds)
-        if self.blocks:
-            attention = self.blocks[0].layer[0].SelfAttention
-            shape = (2, b, attention.n_heads, m, attention.key_value_proj_dim)
-            keys, values = torch.zeros(shape, dtype=self.norm.weight.dtype)
-            self.stack.run(
-                states, [0] * b, torch.arange(m)[None], lambda index: (keys, values), lengths=mask.sum(1).tolist()
-            )
-        return normed(states, self.norm)
-
-    def _set_bias(self, reach: int) -> None:
-        attention = self.blocks[0].layer[0].SelfAttention
-        ahead = torch.arange(reach - 1, -reach, -1)  # where the key is, seen from the query; the table goes back
-        buckets = attention._relative_position_bucket(
-            ahead,
-            bidirectional=True,
-            num_buckets=attention.relative_attention_num_buckets,
-            max_distance=attention.relative_attention_max_distance,
-        )
-        self.stack.set_bias(attention.relative_attention_bias(buckets).detach().T, reach - 1)
-        self.reach = reach
-
-
-class Projection:
-    """The two maps of a hand-off's projector.
-
-    Raises: UnsupportedModel where C cannot take its weights.
-    """
-
-    def __init__(self, first: nn.Linear, last: nn.Linear) -> None:
-        self.parts = parts = Parts(first.weight.dtype, first.weight.device)
-        self.first, self.last = parts.linear(first), parts.linear(last)
-        parts.watch(first)
-        parts.watch(last)
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """[..., d_in] to [..., d_out], in the weights' dtype."""
-        dtype = self.parts.dtype
-        inner = apply(self.first, states, dtype).relu_()
-        return apply(self.last, inner, dtype).to(dtype)
-
-
-def _t5_layer(block: Any, parts: Parts) -> _Layer:
-    first, last = block.layer[0], block.layer[-1]
-    attention, mlp = first.SelfAttention, last.DenseReluDense
-    gated = hasattr(mlp, "wi_0")
-    made = _Layer(
-        **{name: parts.linear(getattr(attention, name)) for name in "qkvo"},
-        gate=parts.linear(mlp.wi_0 if gated else mlp.wi),
-        down=parts.linear(mlp.wo),
-        norm=parts.norm(first.layer_norm),
-        mlp_norm=parts.norm(last.layer_norm),
-        heads=attention.n_heads,
-        kv_heads=attention.n_heads,
-        width=parts.width(attention.key_value_proj_dim),
-        epsilon=first.layer_norm.variance_epsilon,
-        scale=1.0,
-        dtype=DTYPES[parts.dtype],
-        activation=parts.activation(mlp.act),
-    )
-    if gated:
-        made.up = parts.linear(mlp.wi_1)
-    if len(block.layer) == 3:
-        cross = block.layer[1]
-        made.cross_q, made.cross_o = parts.linear(cross.EncDecAttention.q), parts.linear(cross.EncDecAttention.o)
-        made.cross_norm = parts.norm(cross.layer_norm)
-    return made
-
-
-TARGETS: dict[str, type[Native]] = {
-    "llama": NativeRotary,
-    "mistral": NativeRotary,
-    "qwen2": NativeRotary,
-    "qwen3": NativeRotary,
-    "t5": NativeT5,
-    "mt5": NativeT5,
-}
-
-
-def make_smaller(model: PreTrainedModel, name: Literal["int8", "int4"]) -> str:
-    """Let a model run by native layers on copies of its matrices in fewer bits. Its texts change a little.
-
-    `int4` is for what each token reads: an encoder reads once and would gain nothing, and the head stays in eight bits,
-    since all of its error is the logits' own. Weights that are no multiple of a group wide stay as they are.
-
-    Returns: why it cannot; empty when it can.
-    """
-    reason = make_native(model)
-    if reason:
-        return reason
-    target = target_for(model)
-    written = set(target.layers.modules())
-    parts: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
-    for part in parts:
-        if name == "int8" or part is target.lm_head:
-            setattr(part, COPY, Int8.of(part.weight))
-        elif part in written and part.in_features % GROUP == 0:
-            setattr(part, COPY, Int4.of(part.weight))
-    model.baton_runtime = model.baton_runtime._replace(name=name)
-    return reason
-
-
-def make_native(model: PreTrainedModel) -> str:
-    """Let a model run by native layers in our engine. Nothing in it changes; transformers' own calls stay stock.
-
-    Returns: why it cannot; empty when it can.
-    """
-    family = model.config.model_type
-    if family not in TARGETS:
-        return f"there are no native layers for {family} (for {', '.join(TARGETS)})"
-    parts: list[Any] = list(model.modules())
-    for part in parts:
-        vars(part).pop(COPY, None)  # of an earlier choice
-    made, reason = _built(lambda: TARGETS[family](model))
-    if made is not None:
-        model.baton_runtime = Runtime("native", TARGETS[family], (model.device, model.dtype))
-    return reason
-
-
-def make_reader(model: PreTrainedModel) -> T5Reader | None:
-    """The encoder of a model that reads for others, native; None where that cannot be."""
-    if model.config.model_type not in ("t5", "mt5"):
-        return None
-    return _built(lambda: T5Reader(model))[0]
-
-
-def make_projection(first: nn.Linear, last: nn.Linear) -> Projection | None:
-    """A projector's maps, native; None where that cannot be."""
-    return _built(lambda: Projection(first, last))[0]
-
-
-def _built(build: Callable[[], _T]) -> tuple[_T | None, str]:
-    """What C can run, or None and the reason."""
-    try:
-        kernels()
-        return build(), ""
-    except UnsupportedModel as error:
-        return None, str(error)
-    except AttributeError as error:  # a model that lost or changed parts: packed, wrapped, cut
-        return None, f"it is not built as its family is: {error}"
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None)
-        return None, f"the C kernels cannot be compiled: {detail.decode(errors='replace') if detail else error}"
+        logits = apply(self.output, hidden, self.dtype)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 GROUP = 32  # inputs of a row that share a scale
 TOGETHER = 4  # rows that are stored, and multiplied, together
@@ -82,6 +83,12 @@ class Int4(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
+
+
+def matrix_of(layer: Any) -> Tensor:
+    """The weight of a linear layer, or of GPT-2's, which keeps it the other way: [out, in]."""
+    weight: Tensor = layer.weight
+    return weight.T if type(layer) is Conv1D else weight
 
 
 def copy_of(layer: Any) -> Int8 | Int4 | None:

@@ -1,0 +1,144 @@
+"""T5 and mT5 by native layers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from baton.cache import Memory
+from baton.models.adapter import T5
+from baton.models.writer import PromptInputs
+from baton.runtime.native import (
+    DTYPES,
+    TOKENS_AT_ONCE,
+    LastNorm,
+    Layer,
+    Native,
+    Parts,
+    Stack,
+    apply,
+    epsilon_of,
+    norm_kind,
+    shape,
+    writable,
+)
+
+
+class NativeT5(Native, T5):
+    """T5 and mT5."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        first, parts = self.layers[0].layer[0].SelfAttention, Parts(model.dtype, model.device)
+        self.like = torch.empty((1, first.n_heads, 1, first.key_value_proj_dim), dtype=self.dtype)
+        self.norm = LastNorm(self.decoder.final_layer_norm, parts)
+        self.output = parts.linear(self.lm_head)
+        layers = [_layer(block, parts) for block in self.layers]
+        reading = [block.layer[1].EncDecAttention for block in self.layers]
+        self.reading = [(parts.linear(attention.k), parts.linear(attention.v)) for attention in reading]
+        self.stack = Stack(layers, model.config.d_model, parts)
+        self.stack.set_bias(self.bias_by_distance.T, 0)
+        self.reader = T5Reader(self.encoder)
+
+    def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
+        states = inputs.states
+        if states is None:
+            embeds = self.encoder.get_input_embeddings()(inputs.ids) if inputs.embeds is None else inputs.embeds
+            states = self.reader(embeds, inputs.mask)
+        return states, inputs.mask.bool()[:, None, None, :]
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        return Native.unembed(self, hidden if self.scale is None else hidden * self.scale)
+
+    def surroundings(self, memory: Memory, reach: int) -> dict[str, Any]:
+        if reach > len(self.bias_by_distance):
+            self.bias_by_distance = self._biases(2 * reach)
+            self.stack.set_bias(self.bias_by_distance.T, 0)
+        cross = memory.cross
+        assert cross is not None
+        if not cross.layers[0].is_initialized:
+            b, m, _ = cross.states.shape
+            for index, maps in enumerate(self.reading):
+                k, v = (
+                    apply(part, cross.states, self.dtype).to(self.dtype).view(b, m, self.like.shape[1], -1)
+                    for part in maps
+                )
+                cross.update(k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), index)
+        return {"cross": cross}
+
+
+class T5Reader:
+    """The encoder of a T5 or mT5.
+
+    Args:
+        encoder: the stock one, `T5Stack`, or a model that is an encoder alone.
+    Raises: UnsupportedModel where C cannot take its weights.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        stack = getattr(encoder, "encoder", encoder)
+        self.blocks, parts = stack.block, Parts(encoder.dtype, encoder.device)
+        self.norm = LastNorm(stack.final_layer_norm, parts)
+        self.stack = Stack([_layer(block, parts) for block in self.blocks], stack.config.d_model, parts)
+        self.reach = 0  # positions that the bias is known for
+
+    @torch.no_grad()
+    def __call__(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings [b, m, d], right-padded, and their mask [b, m] to the encoder's states [b, m, d]."""
+        m = embeds.shape[1]
+        if self.blocks and m > self.reach:
+            self._set_bias(max(64, 2 * m))
+        rows = max(1, TOKENS_AT_ONCE // m)
+        parts = zip(embeds.split(rows), mask.split(rows), strict=True)
+        return torch.cat([self._read(some, theirs) for some, theirs in parts])
+
+    def _read(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        b, m, _ = embeds.shape
+        states = writable(embeds)
+        if self.blocks:
+            attention = self.blocks[0].layer[0].SelfAttention
+            shape = (2, b, attention.n_heads, m, attention.key_value_proj_dim)
+            keys, values = torch.zeros(shape, dtype=self.norm.dtype)
+            self.stack.run(
+                states, [0] * b, torch.arange(m)[None], lambda index: (keys, values), lengths=mask.sum(1).tolist()
+            )
+        return self.norm(states)
+
+    def _set_bias(self, reach: int) -> None:
+        attention = self.blocks[0].layer[0].SelfAttention
+        ahead = torch.arange(reach - 1, -reach, -1)  # where the key is, seen from the query; the table goes back
+        buckets = attention._relative_position_bucket(
+            ahead,
+            bidirectional=True,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        self.stack.set_bias(attention.relative_attention_bias(buckets).detach().T, reach - 1)
+        self.reach = reach
+
+
+def _layer(block: Any, parts: Parts) -> Layer:
+    first, last = block.layer[0], block.layer[-1]
+    attention, mlp = first.SelfAttention, last.DenseReluDense
+    gated = hasattr(mlp, "wi_0")
+    made = Layer(
+        **{name: parts.linear(getattr(attention, name)) for name in "qkvo"},
+        gate=parts.linear(mlp.wi_0 if gated else mlp.wi),
+        down=parts.linear(mlp.wo),
+        norm=parts.norm(first.layer_norm),
+        mlp_norm=parts.norm(last.layer_norm),
+        **shape(attention.n_heads, attention.n_heads, parts.width(attention.key_value_proj_dim)),
+        epsilon=epsilon_of(first.layer_norm),
+        scale=1.0,
+        norms=norm_kind(first.layer_norm),
+        dtype=DTYPES[parts.dtype],
+        activation=parts.activation(mlp.act),
+    )
+    if gated:
+        made.up = parts.linear(mlp.wi_1)
+    if len(block.layer) == 3:
+        cross = block.layer[1]
+        made.cross_q, made.cross_o = parts.linear(cross.EncDecAttention.q), parts.linear(cross.EncDecAttention.o)
+        made.cross_norm = parts.norm(cross.layer_norm)
+    return made

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from baton.models.adapter import FAMILIES
-from baton.runtime.native import TARGETS
+from baton.runtime.families import TARGETS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "baton"

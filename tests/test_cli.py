@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from inspect import Parameter
 from pathlib import Path
@@ -391,6 +392,22 @@ def test_words_and_biases_reach_the_engine(models: Path) -> None:
     for name in ("e", str(token)):
         assert run(*arguments, "--logit-bias", f"{name}=1000").stdout.strip() == "e" * 8
     assert "eee" not in run(*arguments, "--logit-bias", "e=1000", "--bad-word", "e").stdout
+
+
+def test_provenance_counts_what_each_drafter_guessed(models: Path) -> None:
+    """The text is the same, and under it are the numbers that the JSON of the same answer has."""
+    arguments = ["generate", models / "llm", "-p", "The cat the cat.", "--max-new-tokens", "40", "--threads", "1"]
+    drafter = ["--drafter", "mix:of=prompt-lookup+token-recycling,num_draft_tokens=6"]
+    answer = json.loads(run(*arguments, *drafter, "--json").stdout)
+    text, under = run(*arguments, *drafter, "--show-provenance").stdout.rstrip().rsplit("\n", 1)
+    assert text == answer["text"]
+    assert under.startswith(f"{answer['tokens']} tokens in {len(answer['steps'])} steps: ")
+    shown = {name: (int(own), int(of)) for own, name, of in re.findall(r"(\d+) guessed by (\S+) of (\d+)", under)}
+    guessed = Counter(source for source in answer["sources"] if source != "target")
+    assert guessed and {name: own for name, (own, _) in shown.items() if own} == guessed
+    assert sum(of for _, of in shown.values()) == sum(drafted for drafted, _, _ in answer["steps"])
+    plain = run(*arguments, "--show-provenance").stdout
+    assert plain.startswith(text) and "nothing was drafted" in plain
 
 
 def test_json_has_prompt_text_reason_and_tokens(models: Path) -> None:

@@ -208,6 +208,36 @@ def test_a_model_that_drafts_for_itself_is_always_right(family: str) -> None:
         assert all(step.emitted >= 2 for step in output.steps[:-1])
 
 
+def test_a_small_model_reads_prompts_when_a_draft_is_wanted() -> None:
+    """Rows that never want one cost no pass; those that do, late, draft as if it had read them at once."""
+
+    class Sleepy(DraftModel):
+        asleep = 0
+
+        def propose(self, requests: Sequence[Request]) -> list[Draft]:
+            self.asleep -= 1
+            return super().propose(requests) if self.asleep < 0 else [Draft.chain([], self.name)] * len(requests)
+
+    writer = tiny.language_model("llama")
+    plain = texts(generate(writer, PROMPTS, max_new_tokens=16))
+    for asleep in (0, 4, 10**6):
+        drafter = drafting_with(writer, Sleepy(num_draft_tokens=4))
+        engine, read = Engine(writer, drafter, max_rows=3), 0
+        prefill = drafter.target.prefill
+
+        def counted(inputs: Any, prefill: Any = prefill) -> Any:
+            nonlocal read
+            read += len(inputs.mask)
+            return prefill(inputs)
+
+        drafter.target.prefill, drafter.asleep = counted, asleep
+        outputs = generate(engine, PROMPTS, max_new_tokens=16)
+        assert texts(outputs) == plain
+        awake = [step for output in outputs for step in output.steps[:-1] if step.drafted]
+        assert all(step.emitted == 5 for step in awake)
+        assert read == (len(PROMPTS) if asleep < 10**6 else 0) and bool(awake) == bool(read)
+
+
 @pytest.mark.parametrize("depth", [1, 3, 7])
 def test_ends_inside_a_draft(depth: int) -> None:
     """End tokens, stop strings across the border of two drafts, and the limit cut where plain decoding ends."""

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from baton.types import TARGET, Output, Rule, Sampling
 
 RULES = get_args(Rule)
 CONFIG = "baton.toml"  # written by `baton tune`
+GUESSED = ("bold green", "bold cyan", "bold magenta", "bold yellow", "bold blue")  # styles of tokens, a drafter each
 WINDOW = 4  # batches between two writes: within it, prompts of like length share a batch
 
 
@@ -222,19 +224,24 @@ def stream_answer(engine: Any, prompt: str, options: dict[str, Any]) -> None:
 
 
 def show_answer(engine: Any, prompt: str, options: dict[str, Any]) -> None:
-    """One answer in colours: what a drafter guessed stands out from what the target wrote itself."""
+    """One answer in colours: what each drafter guessed stands out from what the target wrote itself."""
     engine.submit(engine.requests([prompt], **options))
     request = engine.waiting[0]
+    styles = {TARGET: ""}
     while not engine.idle:
         for token in engine.step().tokens:
-            out.print(Text(token.text, style="" if token.source == TARGET else "bold green"), end="", soft_wrap=True)
+            style = styles.setdefault(token.source, GUESSED[(len(styles) - 1) % len(GUESSED)])
+            out.print(Text(token.text, style=style), end="", soft_wrap=True)
     output = request.output()
-    steps, guessed = output.steps, sum(source != TARGET for source in output.sources)
-    drafted = sum(step.num_drafted for step in steps)
+    guessed = Counter(source for source in output.sources if source != TARGET)
+    drafted: Counter[str] = sum((step.drafted for step in output.steps), Counter())
+    counts = "; ".join(
+        f"[/][{styles.get(name, GUESSED[0])}]{guessed[name]} guessed by {name}[/][dim] of {drafted[name]} drafted"
+        for name in sorted(drafted, key=lambda name: (-guessed[name], name))
+    )
     out.print(
-        f"\n[dim]{len(output.token_ids)} tokens in {len(steps)} steps: {output.acceptance_length:.2f} per step; "
-        f"[/][green]{guessed} guessed by {engine.drafter.name}[/][dim] of {drafted} drafted"
-        f"{f'; {output.error}' if output.error else ''}[/]",
+        f"\n[dim]{len(output.token_ids)} tokens in {len(output.steps)} steps: {output.acceptance_length:.2f} per step; "
+        f"{counts or 'nothing was drafted'}{f'; {output.error}' if output.error else ''}[/]",
         soft_wrap=True,
         highlight=False,
     )

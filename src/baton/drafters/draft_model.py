@@ -119,6 +119,8 @@ class DraftModel(SmallModel):
                     if self.known(token)
                 ]
                 frontiers[row] = sorted(sorted(new, key=lambda n: -builder.scores[n])[: self.branches])
+            if not any(frontiers):
+                break
             if level + 1 < max(depths):
                 logits = self.expand(builders, frontiers)
         return [builder.draft(self.name, scored=True).prune(self.num_draft_tokens) for builder in builders]

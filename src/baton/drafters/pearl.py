@@ -65,10 +65,9 @@ class Pearl(SmallModel):
 
     def select(self, rows: Sequence[int]) -> None:
         self._finish()
+        self._failed = self._failed and bool(rows)  # when those that the small model has lost have ended, all is afresh
         if not self._failed:
             super().select(rows)
-        elif not rows:  # those that the small model has lost have ended; what joins next starts afresh
-            self._failed, self.fed = False, []
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
         self._finish()  # of a step that failed

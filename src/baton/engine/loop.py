@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from baton.cache import Memory, fill_holes
-from baton.draft import NOTHING, ROOT, Draft
+from baton.draft import NOTHING, ROOT, Draft, stacked
 from baton.engine.choose import Chooser
 from baton.engine.drafter import Drafter, Joined, Seen
 from baton.engine.request import Request
@@ -316,11 +316,7 @@ class Engine:
         )
         if all(draft.tree.is_chain for draft in drafts):
             return ids, None, None
-        steps = torch.zeros((len(drafts), width), dtype=torch.long)
-        tree = torch.eye(width, dtype=torch.bool).repeat(len(drafts), 1, 1)
-        for row, draft in enumerate(drafts):
-            steps[row, : len(draft) + 1] = draft.tree.steps
-            tree[row, : len(draft) + 1, : len(draft) + 1] = draft.tree.mask
+        steps, tree = stacked([draft.tree for draft in drafts])
         positions = torch.tensor(self._memory.lengths)[:, None] + steps
         return ids, positions.to(self.target.device), tree.to(self.target.device)
 

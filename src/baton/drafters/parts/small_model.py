@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baton.cache import Memory
-from baton.draft import ROOT, Growing, Tree
+from baton.draft import ROOT, Growing, Tree, stacked
 from baton.engine.drafter import Drafter, Joined
 from baton.engine.request import Request
 from baton.errors import UnknownOption, UnsupportedModel, VocabMismatch
@@ -35,6 +35,7 @@ class SmallModel(Drafter):
         self.writer = self.load(engine)
         self.target = target_for(self.writer.lm)
         self.memory: Memory | None = None
+        self._unread: list[PromptInputs] = []  # prompts of the last rows: read when a draft is wanted, if ever
         self.fed: list[list[int]] = []  # per row, its own tokens after the prompt that its cache holds
         mine, theirs = self.writer.response_tokenizer, engine.writer.response_tokenizer
         if hasattr(theirs, "get_vocab"):
@@ -57,11 +58,7 @@ class SmallModel(Drafter):
         return load(self.model, **beside(engine.target.model) | ({"runtime": "int8"} if self.int8 else {}))
 
     def join(self, joined: Joined) -> None:
-        _, memory = self.target.prefill(self.read(joined))
-        if self.memory is None:
-            self.memory, self.fed = memory, []
-        else:
-            self.memory.join(memory)
+        self._unread.append(self.read(joined))
         self.fed += [[] for _ in joined.requests]
 
     def read(self, joined: Joined) -> PromptInputs:
@@ -82,7 +79,7 @@ class SmallModel(Drafter):
         if rows:
             self._memory.select(rows)
         else:
-            self.memory = None
+            self.memory, self._unread = None, []
         self.fed = [self.fed[row] for row in rows]
 
     def start(self, requests: Sequence[Request], most: int) -> tuple[list[int], Tensor | None]:
@@ -130,23 +127,17 @@ class SmallModel(Drafter):
         """
         before = list(self._memory.lengths)
         drafts = [_paths_to(builder, frontier) for builder, frontier in zip(builders, frontiers, strict=True)]
-        width = max(1, max(len(nodes) for nodes, _ in drafts))
-        ids = torch.zeros((len(drafts), width), dtype=torch.long)
-        steps = torch.zeros((len(drafts), width), dtype=torch.long)
-        mask = torch.eye(width, dtype=torch.bool).repeat(len(drafts), 1, 1)
-        at = torch.zeros((len(drafts), max(1, max(map(len, frontiers)))), dtype=torch.long)
-        for row, ((nodes, tree), builder) in enumerate(zip(drafts, builders, strict=True)):
-            count = len(nodes)
-            ids[row, :count] = torch.tensor([builder.tokens[node] for node in nodes], dtype=torch.long)
-            steps[row, :count] = tree.steps[1:] - 1
-            mask[row, :count, :count] = tree.mask[1:, 1:]
-            for place, node in enumerate(frontiers[row]):
-                at[row, place] = nodes.index(node)
+        steps, mask = (part[:, 1:] for part in stacked([tree for _, tree in drafts]))
         device = self.target.device
-        positions = torch.tensor(self._memory.lengths)[:, None] + steps
-        logits = self.target.forward(ids.to(device), self._memory, positions=positions.to(device), tree=mask.to(device))
+        read = zip(builders, drafts, strict=True)
+        ids, _ = pad_right([[builder.tokens[node] for node in nodes] for builder, (nodes, _) in read], device=device)
+        places = [[nodes.index(n) for n in few] for (nodes, _), few in zip(drafts, frontiers, strict=True)]
+        at, _ = pad_right(places, device=device)
+        positions = torch.tensor(self._memory.lengths)[:, None] + steps - 1
+        tree = mask[..., 1:].to(device)
+        logits = self.target.forward(ids, self._memory, positions=positions.to(device), tree=tree)
         self._memory.truncate(before)
-        return logits.gather(1, at.to(device)[..., None].expand(-1, -1, logits.shape[-1]))
+        return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
 
     def pending(self, texts: list[list[int]], depths: list[int]) -> list[list[int]]:
         """What each row has not read yet; nothing for rows that do not draft: they may have no positions left."""
@@ -180,6 +171,13 @@ class SmallModel(Drafter):
 
     @property
     def _memory(self) -> Memory:
+        while self._unread:
+            _, memory = self.target.prefill(self._unread[0])
+            del self._unread[0]  # a pass that failed is made again
+            if self.memory is None:
+                self.memory = memory
+            else:
+                self.memory.join(memory)
         assert self.memory is not None
         return self.memory
 

@@ -1,9 +1,9 @@
 """Keys and values of rows that grow, shrink, fork and leave independently of each other.
 
-One tensor [rows, kv_heads, slots, head_dim] per layer for keys and one for values, allocated ahead: rows by powers of
-two, slots in buckets. The rows in use are always the first ones, and the used slots of a row the first `lengths[row]`
-ones, so slot = position, whatever the neighbours do. Rows join behind the last; a row that leaves costs one copy, of
-the row that takes its place.
+One tensor [keys and values, layers, rows, kv_heads, slots, head_dim], allocated ahead: rows by powers of two, slots in
+buckets; what moves, moves in all layers at once. The rows in use are always the first ones, and the used slots of a row
+the first `lengths[row]` ones, so slot = position, whatever the neighbours do. Rows join behind the last; a row that
+leaves costs one copy, of the row that takes its place.
 
 A forward is announced with `append`, then stock modeling code calls `update` once per layer and gets back the used
 slots only; afterwards `keep` or `truncate` drops what was not accepted. Transformers sees an ordinary `Cache`.
@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from baton.inference import inference
+
 BUCKET = 64  # slots are allocated in multiples of this
 
 
@@ -33,7 +35,8 @@ class RowCache(Cache):
 
     def __init__(self, num_layers: int, rows: int, capacity: int = BUCKET) -> None:
         super().__init__(layers=[_Layer(self) for _ in range(num_layers)])
-        self.keys: list[Tensor | None] = [None] * num_layers  # allocated by the first update: shapes are known then
+        self.all: Tensor | None = None  # allocated by the first update: shapes are known then
+        self.keys: list[Tensor | None] = [None] * num_layers  # views of it, [rows, kv_heads, slots, head_dim]
         self.values: list[Tensor | None] = [None] * num_layers
         self.capacity = _bucket(capacity)  # slots allocated per row
         self.lengths = [0] * rows  # slots used, per row
@@ -96,21 +99,23 @@ class RowCache(Cache):
 
         Args:
             like: of the same heads, head_dim, dtype and device: [_, kv_heads, _, head_dim].
+        Raises: ValueError when they are not those of the other layers.
         """
+        if self.all is None:
+            # Zeros, not empty: a masked slot has weight 0, and 0 times an uninitialised infinity is not a number.
+            sizes = (2, len(self.keys), self.rows, like.shape[1], self.capacity, like.shape[3])
+            self._hold(like.new_zeros(sizes))
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if keys is None or values is None:
-            keys = self.keys[layer_idx] = _allocate(like, self.rows, self.capacity)
-            values = self.values[layer_idx] = _allocate(like, self.rows, self.capacity)
+        assert keys is not None and values is not None
+        if keys.shape[1::2] != like.shape[1::2]:
+            raise ValueError(f"layer {layer_idx} has keys of another shape than the first: {tuple(like.shape)}")
         return keys, values
 
     def reserve(self, rows: int, slots: int) -> None:
         """Have at least so many rows and slots allocated in every layer that was filled."""
         if slots > self.capacity:
             self._grow(slots)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                if old is not None and old.shape[0] < rows:
-                    tensors[layer] = self._sized(old, rows, self.capacity)
+        self._size(rows)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget all slots of each row from `lengths[row]` on."""
@@ -118,7 +123,7 @@ class RowCache(Cache):
             raise ValueError(f"cannot truncate rows of {self.lengths} slots to {list(lengths)}")
         self.lengths = list(lengths)
 
-    @torch.inference_mode()
+    @inference
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep one path of the slots of the latest `append` in each row, moved together, and forget the others.
 
@@ -139,17 +144,15 @@ class RowCache(Cache):
             longest = max(map(len, paths))
             # Shorter paths repeat their last step: the copies land past the row's new length.
             padded = [[*path, *[(path or [0])[-1]] * (longest - len(path))] for path in paths]
-            device = next(keys.device for keys in self.keys if keys is not None)
-            starts = torch.tensor(self.starts, device=device)[:, None]
-            source = (starts + torch.tensor(padded, device=device))[:, None, :, None]
-            target = (starts + torch.arange(longest, device=device))[:, None, :, None]
-            for tensor in self._tensors():
-                rows = tensor.narrow(0, 0, self.rows)
-                shape = (-1, tensor.shape[1], -1, tensor.shape[3])
-                rows.scatter_(2, target.expand(shape), rows.gather(2, source.expand(shape)))
+            rows = self._all[:, :, : self.rows]
+            starts = torch.tensor(self.starts, device=rows.device)[:, None]
+            source = (starts + torch.tensor(padded, device=rows.device))[:, None, :, None]
+            target = (starts + torch.arange(longest, device=rows.device))[:, None, :, None]
+            shape = (*rows.shape[:4], longest, rows.shape[5])
+            rows.scatter_(4, target.expand(shape), rows.gather(4, source.expand(shape)))
         self.lengths = [start + len(path) for start, path in zip(self.starts, paths, strict=True)]
 
-    @torch.inference_mode()
+    @inference
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order. A row named twice is copied, one not named leaves.
 
@@ -160,40 +163,30 @@ class RowCache(Cache):
         in_place = len(index) <= self.rows and all(row == place or row >= len(index) for place, row in enumerate(index))
         if in_place:
             for place, row in enumerate(index):
-                if place != row:
-                    for tensor in self._tensors():
-                        tensor[place, :, :used].copy_(tensor[row, :, :used])
-        else:
-            for tensors in (self.keys, self.values):
-                for layer, old in enumerate(tensors):
-                    if old is not None:
-                        tensors[layer] = old[index]
+                if place != row and self.all is not None:
+                    self.all[:, :, place, :, :used].copy_(self.all[:, :, row, :, :used])
+        elif self.all is not None:
+            self._hold(self.all[:, :, index])
         self.lengths = [self.lengths[row] for row in index]
         self.starts = [self.starts[row] for row in index]
 
-    @torch.inference_mode()
+    @inference
     def clear(self, row: int) -> None:
         """Zero a row that holds something that is not a number: its slots will be another row's, behind its length."""
-        for tensor in self._tensors():
-            tensor[row].zero_()
+        self._all[:, :, row].zero_()
 
     def fork(self, row: int) -> None:
         """Append a copy of a row, which then lives its own life."""
         self.select([*range(self.rows), row])
 
-    @torch.inference_mode()
+    @inference
     def join(self, other: "RowCache") -> None:
         """Take the rows of another cache of the same model in, behind the last; the other must not be used any more."""
         rows, used = self.rows, max(other.lengths, default=0)
         grown = rows + other.rows
         self.capacity = max(self.capacity, _bucket(used))
-        for tensors, new in ((self.keys, other.keys), (self.values, other.values)):
-            for layer, (old, joining) in enumerate(zip(tensors, new, strict=True)):
-                if old is None or joining is None:
-                    raise ValueError("a cache that no forward has filled yet cannot be joined")
-                old = self._sized(old, grown, self.capacity)
-                old[rows:grown, :, :used].copy_(joining[: other.rows, :, :used])
-                tensors[layer] = old
+        self._size(grown)
+        self._all[:, :, rows:grown, :, :used].copy_(other._all[:, :, : other.rows, :, :used])
         self.lengths = self.lengths + other.lengths
         self.starts = self.starts + other.starts
 
@@ -201,23 +194,29 @@ class RowCache(Cache):
         """Slots before the forward under way; of the first row, where rows differ. Called by stock code."""
         return self.starts[0] if self.starts else 0
 
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for tensor in (*self.keys, *self.values) if tensor is not None]
+    @property
+    def _all(self) -> Tensor:
+        if self.all is None:
+            raise ValueError("no forward has filled this cache yet")
+        return self.all
+
+    def _hold(self, tensor: Tensor) -> None:
+        self.all = tensor
+        self.keys, self.values = list(tensor[0].unbind()), list(tensor[1].unbind())
 
     def _grow(self, slots: int) -> None:
         self.capacity = _bucket(max(slots, self.capacity + self.capacity // 2))
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                if old is not None:
-                    tensors[layer] = self._sized(old, self.rows, self.capacity)
+        self._size(self.rows)
 
-    def _sized(self, old: Tensor, rows: int, slots: int) -> Tensor:
-        """The tensor, with room for so many rows and slots."""
-        if old.shape[0] >= rows and old.shape[2] >= slots:
-            return old
-        new = _allocate(old, max(old.shape[0], 1 << (rows - 1).bit_length()), max(old.shape[2], slots))
-        new[: old.shape[0], :, : old.shape[2]].copy_(old)
-        return new
+    def _size(self, rows: int) -> None:
+        """Have room for so many rows, and for `capacity` slots."""
+        old = self.all
+        if old is None or (old.shape[2] >= rows and old.shape[4] >= self.capacity):
+            return
+        more = max(old.shape[2], 1 << (rows - 1).bit_length())
+        new = old.new_zeros((*old.shape[:2], more, old.shape[3], max(old.shape[4], self.capacity), old.shape[5]))
+        new[:, :, : old.shape[2], :, : old.shape[4]].copy_(old)
+        self._hold(new)
 
 
 def fill_holes(rows: int, leaving: Collection[int]) -> list[int]:
@@ -256,8 +255,3 @@ class _Layer(CacheLayerMixin):
 
 def _bucket(slots: int) -> int:
     return -(-slots // BUCKET) * BUCKET
-
-
-def _allocate(like: Tensor, rows: int, slots: int) -> Tensor:
-    # Zeros, not empty: a masked slot has weight 0, and 0 times an uninitialised infinity is not a number.
-    return like.new_zeros((rows, like.shape[1], slots, like.shape[3]))

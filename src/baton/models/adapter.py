@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from baton.cache import CrossCache, Memory, RowCache
 from baton.errors import UnsupportedModel
+from baton.inference import inference
 from baton.models.writer import PromptInputs
 from baton.types import RuntimeName
 
@@ -75,7 +76,7 @@ class Target(ABC):
         Returns: logits of the first response token, [b, V] in the model's dtype, and what was read.
         """
 
-    @torch.inference_mode()
+    @inference
     def forward(
         self,
         ids: Tensor,
@@ -101,7 +102,7 @@ class Target(ABC):
             return self.head(self.between(layer, len(self.layers), ids, memory, hidden, positions, tree))
         return self.unembed(self.run(ids, memory, positions, tree))
 
-    @torch.inference_mode()
+    @inference
     def forward_layers(
         self,
         low: int,
@@ -168,7 +169,7 @@ class Target(ABC):
         scale = getattr(self.decoder, "embed_scale", None)  # Marian keeps it beside the table instead of inside it
         return found * scale if isinstance(scale, float) else found
 
-    @torch.inference_mode()
+    @inference
     def head(self, hidden: Tensor) -> Tensor:
         """What a layer gave, [..., d], to logits [..., V]: final norm, once, and output head."""
         return self.unembed(self.finish(hidden))
@@ -252,7 +253,7 @@ class DecoderOnly(Target):
         stack = getattr(self.decoder, "decoder", self.decoder)  # OPT's stack is inside
         self.layers = stack.h if hasattr(stack, "h") else stack.layers
 
-    @torch.inference_mode()
+    @inference
     def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
         rows, width = inputs.mask.shape
         memory = Memory(RowCache(len(self.layers), rows, capacity=width + 64))
@@ -312,7 +313,7 @@ class EncoderDecoder(Target):
             ).last_hidden_state
         return states, inputs.mask.bool()[:, None, None, :]
 
-    @torch.inference_mode()
+    @inference
     def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
         states, allowed = self.encode(inputs)
         # A mask even where nothing is padded: stock code would make one at every step.

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from baton.cache import Memory, RowCache
 from baton.errors import UnsupportedModel
+from baton.inference import inference
 from baton.models.adapter import DecoderOnly, next_positions
 from baton.models.writer import PromptInputs
 from baton.runtime.native import (
@@ -37,7 +38,6 @@ class NativeDecoder(Native, DecoderOnly):
     """
 
     last = "norm"
-    places: Tensor | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -58,14 +58,20 @@ class NativeDecoder(Native, DecoderOnly):
             made.dtype, made.turned = DTYPES[self.dtype], self.turned
             layers.append(made)
         self.stack = Stack(layers, config.hidden_size, parts)
+        self.places = self.table_of_places()
+        self.whole_passes(parts, places=self.places)
         first = layers[0]
         self.like = torch.empty((1, first.kv_heads, 1, first.width), dtype=self.dtype)
+
+    def table_of_places(self) -> Tensor | None:
+        """See `places`."""
+        return None
 
     @abstractmethod
     def layer(self, layer: Any, parts: Parts) -> Layer:
         """One layer of the model, as C takes it, but for what all families have in common."""
 
-    @torch.inference_mode()
+    @inference
     def prefill(self, inputs: PromptInputs) -> tuple[Tensor, Memory]:
         rows, width = inputs.mask.shape
         memory = Memory(RowCache(len(self.layers), rows, capacity=width + 64))
@@ -196,9 +202,8 @@ class NativeGPT2(NativeDecoder):
 
     last = "ln_f"
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        self.places = self.decoder.wpe.weight.detach().float()
+    def table_of_places(self) -> Tensor:
+        return writable(self.decoder.wpe.weight.detach())
 
     def layer(self, layer: Any, parts: Parts) -> Layer:
         attention, mlp, d = layer.attn, layer.mlp, self.model.config.hidden_size
@@ -228,8 +233,10 @@ class NativeOPT(NativeDecoder):
         if not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size:
             raise UnsupportedModel("native layers norm before each part, on embeddings as wide as layers")
         super().__init__(model)
+
+    def table_of_places(self) -> Tensor:
         table = self.decoder.decoder.embed_positions
-        self.places = table.weight.detach()[table.offset :].float()
+        return writable(table.weight.detach()[table.offset :])
 
     def layer(self, layer: Any, parts: Parts) -> Layer:
         attention = layer.self_attn

@@ -44,9 +44,8 @@ typedef struct {
   Norm norm, cross_norm, mlp_norm, post_norm, post_mlp_norm; /* before parts, and of what two of them give */
   Norm q_norm, k_norm;                                       /* [width], of every head */
   const float *bias;                                   /* [heads, bias_size], added by distance */
-  void *keys, *values;                                 /* [rows, kv_heads, capacity, width] */
   const void *cross_keys, *cross_values;               /* [rows, heads, cross_slots, width] */
-  int64_t heads, kv_heads, width, capacity, cross_slots, bias_size, bias_offset, window;
+  int64_t heads, kv_heads, width, cross_slots, bias_size, bias_offset, window;
   int64_t head_step, first_key, first_value; /* where heads lie in what q, k and v give of a token */
   int64_t turned, angles;                    /* numbers of a head that turn by position, and by which of the tables */
   float epsilon, scale;
@@ -56,6 +55,7 @@ typedef struct {
 /* What all layers of one pass share. */
 typedef struct {
   float *hidden;            /* [rows * count, d], changed in place */
+  char *keys, *values;      /* [layers, rows and more, kv_heads, capacity, width] */
   const int32_t *starts;    /* [rows], slots in use before */
   const int32_t *lengths;   /* [rows], of an encoder's rows: all attend to all; NULL: each to what is before it */
   const int32_t *positions; /* [rows * count] */
@@ -63,7 +63,7 @@ typedef struct {
   const float *cos, *sin;   /* [tables, reach, turned / 2], or NULL */
   const int32_t *cross_lengths; /* [rows] */
   char *scratch;            /* `scratch_bytes` of them */
-  int64_t rows, count, d, slots, reach; /* slots: most that a row attends to */
+  int64_t rows, count, d, slots, reach, capacity, layer_bytes; /* slots: most that a row attends to */
   int32_t threads;
 } Pass;
 
@@ -583,7 +583,7 @@ static void feed(const Layer *l, const Pass *p, void *few, void *shared, float *
     }
 }
 
-void layer(const Layer *l, const Pass *p) {
+static void layer(const Layer *l, const Pass *p, int64_t index) {
   const int64_t n = p->count, m = p->rows * n, d = p->d, width = l->width, groups = l->heads / l->kv_heads;
   const int64_t q_out = l->heads * width, wide = qkv_out(l), step = l->head_step, half = l->turned / 2;
   const int64_t bytes = size_of(l->dtype), padded = (p->slots + LANES - 1) / LANES * LANES;
@@ -609,8 +609,8 @@ void layer(const Layer *l, const Pass *p) {
     for (int64_t unit = 0; unit < p->rows * l->kv_heads; unit++) {
       const int64_t row = unit / l->kv_heads, group = unit % l->kv_heads, start = p->starts[row];
       const int64_t slots = p->lengths ? p->lengths[row] : start + n;
-      const int64_t at = (row * l->kv_heads + group) * l->capacity * width;
-      char *keys = (char *)l->keys + at * bytes, *values = (char *)l->values + at * bytes;
+      const int64_t at = index * p->layer_bytes + (row * l->kv_heads + group) * p->capacity * width * bytes;
+      char *keys = p->keys + at, *values = p->values + at;
       for (int64_t i = 0; i < n; i++) {
         float *token = qkv + (row * n + i) * wide, *k = token + l->first_key + group * step;
         const float *v = token + l->first_value + group * step;
@@ -660,6 +660,11 @@ void layer(const Layer *l, const Pass *p) {
   }
 }
 
+/* Layers from `first` up to `last`. */
+void run(const Layer *layers, int64_t first, int64_t last, const Pass *p) {
+  for (int64_t i = first; i < last; i++) layer(layers + i, p, i);
+}
+
 /* Rows of x, [m, d] in float32, normed into the weights' dtype. */
 void norm(const Norm *n, const float *x, int64_t m, int64_t d, float epsilon, int32_t kind, int32_t dtype, void *out) {
   for (int64_t i = 0; i < m; i++)
@@ -674,4 +679,37 @@ void map(const Linear *l, const void *x, int64_t m, int32_t dtype, int32_t threa
     share(l->out, &first, &last);
     linear(l, x, m, dtype, first, last, out, l->out, 0);
   }
+}
+
+/* What comes before the layers and after them. */
+typedef struct {
+  const void *table;   /* [vocabulary, d], in the layers' dtype */
+  const float *places; /* [places_count, d], added by position, or NULL */
+  Norm norm;
+  Linear head;
+  int64_t vocabulary, places_count;
+  float epsilon, scale; /* scale: of what the head is given */
+  int32_t norms, dtype;
+} Ends;
+
+/* A whole pass, from token ids, [rows * count], to logits, [rows * count, head.out]; `states`, [rows * count, d], is
+   what the head is given. Returns the first id that is none, or -1. */
+int64_t whole(const Ends *e, const Layer *layers, int64_t depth, const Pass *p, const int64_t *ids, void *states,
+              float *logits) {
+  const int64_t m = p->rows * p->count, d = p->d;
+  for (int64_t i = 0; i < m; i++) {
+    if (ids[i] < 0 || ids[i] >= e->vocabulary) return ids[i] < 0 ? e->vocabulary : ids[i];
+    const int64_t last = e->places_count - 1, place = p->positions[i] < last ? p->positions[i] : last;
+    for (int64_t c = 0; c < d; c += LANES) {
+      vf x = load(e->table, ids[i] * d + c, e->dtype);
+      if (e->places) x += load_f32(e->places + place * d + c);
+      store_f32(p->hidden + i * d + c, x);
+    }
+  }
+  run(layers, 0, depth, p);
+  norm(&e->norm, p->hidden, m, d, e->epsilon, e->norms, e->dtype, states);
+  if (e->scale != 1.0f)
+    for (int64_t c = 0; c < m * d; c += LANES) store(states, c, load(states, c, e->dtype) * e->scale, e->dtype);
+  map(&e->head, states, m, e->dtype, p->threads, logits);
+  return -1;
 }

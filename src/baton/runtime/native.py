@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from baton.cache import CrossCache, Memory
 from baton.data.storage import cache_folder
 from baton.errors import BatonError, UnsupportedModel
+from baton.inference import inference
 from baton.models.adapter import Target
 from baton.runtime.quantized import TOGETHER, Int4, Int8, copy_of, matrix_of
 
@@ -65,8 +67,8 @@ class Layer(Structure):
         *((name, _Linear) for name in ("q", "k", "v", "o", "cross_q", "cross_o", "gate", "up", "down")),
         *((name, _Norm) for name in ("norm", "cross_norm", "mlp_norm", "post_norm", "post_mlp_norm")),
         *((name, _Norm) for name in ("q_norm", "k_norm")),
-        *((name, c_void_p) for name in ("bias", "keys", "values", "cross_keys", "cross_values")),
-        *((name, c_int64) for name in ("heads", "kv_heads", "width", "capacity", "cross_slots")),
+        *((name, c_void_p) for name in ("bias", "cross_keys", "cross_values")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "width", "cross_slots")),
         *((name, c_int64) for name in ("bias_size", "bias_offset", "window")),
         *((name, c_int64) for name in ("head_step", "first_key", "first_value", "turned", "angles")),
         *((name, c_float) for name in ("epsilon", "scale")),
@@ -76,10 +78,23 @@ class Layer(Structure):
 
 class _Pass(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "starts", "lengths", "positions", "tree", "cos", "sin")),
-        *((name, c_void_p) for name in ("cross_lengths", "scratch")),
-        *((name, c_int64) for name in ("rows", "count", "d", "slots", "reach")),
+        *((name, c_void_p) for name in ("hidden", "keys", "values", "starts", "lengths", "positions", "tree")),
+        *((name, c_void_p) for name in ("cos", "sin", "cross_lengths", "scratch")),
+        *((name, c_int64) for name in ("rows", "count", "d", "slots", "reach", "capacity", "layer_bytes")),
         ("threads", c_int32),
+    )
+
+
+class Ends(Structure):
+    """What comes before the layers and after them; see `kernels.c`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("table", "places")),
+        ("norm", _Norm),
+        ("head", _Linear),
+        *((name, c_int64) for name in ("vocabulary", "places_count")),
+        *((name, c_float) for name in ("epsilon", "scale")),
+        *((name, c_int32) for name in ("norms", "dtype")),
     )
 
 
@@ -109,7 +124,8 @@ def kernels() -> Any:
             made.replace(library)  # whoever compiles at the same time puts the same there
     loaded = ctypes.CDLL(str(library))
     pointer, size = c_void_p, c_int64
-    loaded.layer.argtypes = (pointer, pointer)
+    loaded.run.argtypes, loaded.run.restype = (pointer, size, size, pointer), None
+    loaded.whole.argtypes, loaded.whole.restype = (pointer, pointer, size, pointer, pointer, pointer, pointer), size
     loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = (pointer, size, size, size, c_int32), c_int64
     loaded.norm.argtypes = (pointer, pointer, size, size, c_float, c_int32, c_int32, pointer)
     loaded.map.argtypes = (pointer, pointer, size, c_int32, c_int32, pointer)
@@ -178,6 +194,10 @@ class Parts:
             bias = self._plain(layer, bias, nn.Linear, Conv1D)[rows.start :].data_ptr()
         return _Linear(data, bias, scales, len(rows), inner, kind)
 
+    def embedding(self, table: nn.Embedding) -> Tensor:
+        self.watch(table)
+        return self._plain(table, table.weight, nn.Embedding)
+
     def norm(self, norm: Any) -> _Norm:
         self.watch(norm)  # small, and in every layer
         weight, bias = self._plain(norm, norm.weight, type(norm)), getattr(norm, "bias", None)
@@ -216,9 +236,10 @@ class Stack:
     """
 
     def __init__(self, layers: list[Layer], d: int, parts: Parts) -> None:
-        self.layers, self.d = layers, d
+        self.layers, self.d = (Layer * len(layers))(*layers), d
         self.parts = parts
         self.bias: Tensor | None = None  # what the layers' pointers lead to
+        self.read: Tensor | None = None  # ... and the first of the keys that they read of an encoder
         self.scratch = torch.empty(0, dtype=torch.uint8)
 
     def set_bias(self, table: Tensor, offset: int) -> None:
@@ -230,79 +251,110 @@ class Stack:
     def run(
         self,
         hidden: Tensor,
-        starts: list[int],
-        positions: Tensor | None,
-        storage: Callable[[int], tuple[Tensor, Tensor]],
+        rows: "Rows",
         *,
-        lengths: list[int] | None = None,
-        tree: Tensor | None = None,
-        angles: tuple[Tensor, Tensor] | None = None,
-        cross: CrossCache | None = None,
         layers: range | None = None,
         keep: Collection[int] = (),
     ) -> dict[int, Tensor]:
         """Send float32 [b, n, d] through layers, in place.
 
         Args:
-            starts: slots in use, per row; the new tokens take the next n.
-            positions: int64 [b or 1, n]; None: each row goes on where it ends.
-            storage: of a layer, keys and values [rows, kv_heads, capacity, width] for b rows and more.
-            lengths: of an encoder's rows; None: each token attends to what is before it.
-            tree: bool [b or 1, n, n], who attends to whom among the new tokens; None: a chain.
-            angles: cosine and sine, float32 [tables, positions, half of what turns].
             layers: which; None: all.
         Returns: copies of what the layers in `keep` gave, by number; 0 is what the first was given.
         """
-        if not self.parts.valid:
-            raise BatonError("the model was moved or converted after its engine was made: make a new engine")
         layers = range(len(self.layers)) if layers is None else layers
         found = {0: hidden.clone()} if 0 in keep and layers.start == 0 else {}
         if not layers:
             return found
         b, n, _ = hidden.shape
+        this, _held = self._pass(hidden, rows, b, n)
+        stops = sorted(layer for layer in keep if layers.start < layer <= layers.stop)
+        for start, stop in pairwise([layers.start, *stops, layers.stop]):
+            kernels().run(self.layers, start, stop, byref(this))
+            if stop in stops:
+                found[stop] = hidden.clone()
+        return found
+
+    def whole(self, ends: "Ends", ids: Tensor, rows: "Rows") -> Tensor:
+        """Token ids [b, n] to logits, float32 [b, n, V].
+
+        Raises: IndexError for an id that the model does not have.
+        """
+        b, n = ids.shape
+        ids, hidden = ids.contiguous(), torch.empty((b, n, self.d))
+        states, logits = torch.empty_like(hidden), torch.empty((b, n, ends.head.out))
+        this, _held = self._pass(hidden, rows, b, n)
+        addresses = ids.data_ptr(), states.data_ptr(), logits.data_ptr()
+        wrong = kernels().whole(byref(ends), self.layers, len(self.layers), byref(this), *addresses)
+        if wrong >= 0:
+            raise IndexError(f"the model has {ends.vocabulary} tokens, and none with the id {wrong}")
+        return logits
+
+    def _pass(self, hidden: Tensor, rows: "Rows", b: int, n: int) -> tuple[_Pass, Any]:
+        """What C is told of a pass, and what must stay while it reads it: C sees addresses only."""
+        if not self.parts.valid:
+            raise BatonError("the model was moved or converted after its engine was made: make a new engine")
+        starts, lengths, cross, all = rows.starts, rows.lengths, rows.cross, rows.storage
         if b != len(starts):
             raise ValueError(f"{b} rows of tokens for {len(starts)} rows of memory")
         threads = torch.get_num_threads()
-        slots = max(lengths if lengths is not None else [start + n for start in starts])
-        slots = max(slots, max(cross.lengths) if cross is not None else 0)
+        slots = max(starts) + n if lengths is None else max(lengths)
+        if cross is not None:
+            slots = max(slots, max(cross.lengths))
+            if self.read is not cross.layers[0].keys:
+                self._point(cross)
         needed = kernels().scratch_bytes(byref(self.layers[0]), b * n, self.d, slots, threads) + 64
         if len(self.scratch) < needed:
             self.scratch = torch.empty(needed, dtype=torch.uint8)
-        # Held here, by name: C sees addresses only.
-        places = [start + j for start in starts for j in range(n)] if positions is None else None
-        where = positions.to(torch.int32).expand(b, n).contiguous() if positions is not None else None
-        seen = None if tree is None else tree.to(torch.uint8).expand(b, n, n).contiguous()
-        at, chain, ends, reading = _ints(starts), _ints(places), _ints(lengths), _ints(cross and cross.lengths)
+        if rows.positions is None:
+            places: Any = _ints([start + j for start in starts for j in range(n)])
+            where = ctypes.addressof(places)
+        else:
+            places = rows.positions.to(torch.int32).expand(b, n).contiguous()
+            where = places.data_ptr()
+        seen = None if rows.tree is None else rows.tree.to(torch.uint8).expand(b, n, n).contiguous()
+        at, ends, reading = _ints(starts), _ints(lengths), _ints(cross and cross.lengths)
+        keys = all.data_ptr()
         this = _Pass(
             hidden=hidden.data_ptr(),
-            starts=_address(at),
-            positions=_address(chain) if where is None else where.data_ptr(),
+            keys=keys,
+            values=keys + all.stride(0) * all.itemsize,
+            starts=ctypes.addressof(at),
+            positions=where,
             lengths=_address(ends),
             tree=None if seen is None else seen.data_ptr(),
-            cos=None if angles is None else angles[0].data_ptr(),
-            sin=None if angles is None else angles[1].data_ptr(),
+            cos=None if rows.angles is None else rows.angles[0].data_ptr(),
+            sin=None if rows.angles is None else rows.angles[1].data_ptr(),
             cross_lengths=_address(reading),
             scratch=-(-self.scratch.data_ptr() // 64) * 64,
             rows=b,
             count=n,
             d=self.d,
             slots=slots,
-            reach=0 if angles is None else angles[0].shape[1],
+            reach=0 if rows.angles is None else rows.angles[0].shape[1],
+            capacity=all.shape[4],
+            layer_bytes=all.stride(1) * all.itemsize if all.shape[1] > 1 else 0,
             threads=threads,
         )
-        run = kernels().layer
-        for index in layers:
-            layer = self.layers[index]
-            keys, values = storage(index)
-            layer.keys, layer.values, layer.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-            if cross is not None:
-                read = cross.layers[index]
-                layer.cross_keys, layer.cross_values = read.keys.data_ptr(), read.values.data_ptr()
-                layer.cross_slots = read.keys.shape[2]
-            run(byref(layer), byref(this))
-            if index + 1 in keep:
-                found[index + 1] = hidden.clone()
-        return found
+        return this, (places, seen, at, ends, reading)
+
+    def _point(self, cross: CrossCache) -> None:
+        for layer, read in zip(self.layers, cross.layers, strict=True):
+            layer.cross_keys, layer.cross_values = read.keys.data_ptr(), read.values.data_ptr()
+            layer.cross_slots = read.keys.shape[2]
+        self.read = cross.layers[0].keys  # rows that leave or join leave other tensors, in all layers
+
+
+class Rows(NamedTuple):
+    """What a pass knows of its rows."""
+
+    starts: list[int]  # slots in use, per row; the new tokens take the next n
+    storage: Tensor  # [2, layers, rows and more, kv_heads, capacity, width]; of one layer: each overwrites it
+    positions: Tensor | None = None  # int64 [b or 1, n]; None: each row goes on where it ends
+    tree: Tensor | None = None  # bool [b or 1, n, n], who attends to whom among the new tokens; None: a chain
+    lengths: list[int] | None = None  # of an encoder's rows; None: each token attends to what is before it
+    angles: tuple[Tensor, Tensor] | None = None  # cosine and sine, float32 [tables, positions, half of what turns]
+    cross: CrossCache | None = None
 
 
 def _ints(numbers: Sequence[int] | None) -> Any:
@@ -375,6 +427,7 @@ class Native(Target):
     norm: LastNorm
     kept: dict[int, Tensor] | None = None  # what `capture` wants: layer -> its latest output
     wanted: Collection[int] = ()
+    ends: Ends | None = None  # None: embeddings are made, and heads called, apart
 
     def between(
         self,
@@ -407,21 +460,57 @@ class Native(Target):
         self, states: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None, layers: range
     ) -> None:
         """Send float32 [b, n, d] through some layers, in place."""
+        found = self.stack.run(states, self._rows(memory, positions, tree), layers=layers, keep=self.wanted)
+        if self.kept is not None:
+            self.kept.update(found)
+
+    @inference
+    def forward(
+        self,
+        ids: Tensor,
+        memory: Memory,
+        *,
+        positions: Tensor | None = None,
+        tree: Tensor | None = None,
+        begun: tuple[int, Tensor] | None = None,
+    ) -> Tensor:
+        if begun is not None or self.wanted or self.ends is None:
+            return super().forward(ids, memory, positions=positions, tree=tree, begun=begun)
+        memory.own.append(ids.shape[1])
+        return self._capped(self.stack.whole(self.ends, ids, self._rows(memory, positions, tree)))
+
+    def _rows(self, memory: Memory, positions: Tensor | None, tree: Tensor | None) -> Rows:
         own, reach = memory.own, memory.own.width
         if positions is not None:
             reach = max(reach, int(positions.max()) + 1)
-        found = self.stack.run(
-            states,
-            own.starts,
-            positions,
-            lambda index: own.storage(index, self.like),
-            tree=tree,
-            layers=layers,
-            keep=self.wanted,
-            **self.surroundings(memory, reach),
+        if own.all is None:
+            own.storage(0, self.like)
+        assert own.all is not None
+        return Rows(own.starts, own.all, positions, tree, **self.surroundings(memory, reach))
+
+    def whole_passes(self, parts: Parts, *, places: Tensor | None = None, scale: float | None = None) -> None:
+        """Let passes go from ids to logits in one call, where embeddings are a table and nothing more.
+
+        Args:
+            places: float32 [positions, d], added by position.
+            scale: of what the head is given.
+        """
+        table = self.decoder.get_input_embeddings()
+        if type(table) is not nn.Embedding or table.max_norm is not None:
+            return
+        weight = parts.embedding(table)
+        self.ends = Ends(
+            table=weight.data_ptr(),
+            places=None if places is None else places.data_ptr(),
+            norm=self.norm.made,
+            head=self.output,
+            vocabulary=len(weight),
+            places_count=0 if places is None else len(places),
+            epsilon=self.norm.epsilon,
+            scale=1.0 if scale is None else scale,
+            norms=self.norm.kind,
+            dtype=DTYPES[self.dtype],
         )
-        if self.kept is not None:
-            self.kept.update(found)
 
     def surroundings(self, memory: Memory, reach: int) -> dict[str, Any]:
         """What the family's layers need besides, for positions below `reach`: angles, or what cross-attention reads."""
@@ -443,5 +532,7 @@ class Native(Target):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Float32, whatever the model's dtype: nothing is rounded after the last sum."""
-        logits = apply(self.output, hidden, self.dtype)
+        return self._capped(apply(self.output, hidden, self.dtype))
+
+    def _capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

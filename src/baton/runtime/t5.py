@@ -16,6 +16,7 @@ from baton.runtime.native import (
     Layer,
     Native,
     Parts,
+    Rows,
     Stack,
     apply,
     epsilon_of,
@@ -39,6 +40,7 @@ class NativeT5(Native, T5):
         self.reading = [(parts.linear(attention.k), parts.linear(attention.v)) for attention in reading]
         self.stack = Stack(layers, model.config.d_model, parts)
         self.stack.set_bias(self.bias_by_distance.T, 0)
+        self.whole_passes(parts, scale=self.scale)
         self.reader = T5Reader(self.encoder)
 
     def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
@@ -98,11 +100,9 @@ class T5Reader:
         states = writable(embeds)
         if self.blocks:
             attention = self.blocks[0].layer[0].SelfAttention
-            shape = (2, b, attention.n_heads, m, attention.key_value_proj_dim)
-            keys, values = torch.zeros(shape, dtype=self.norm.dtype)
-            self.stack.run(
-                states, [0] * b, torch.arange(m)[None], lambda index: (keys, values), lengths=mask.sum(1).tolist()
-            )
+            shape = (2, 1, b, attention.n_heads, m, attention.key_value_proj_dim)
+            storage = torch.zeros(shape, dtype=self.norm.dtype)
+            self.stack.run(states, Rows([0] * b, storage, torch.arange(m)[None], lengths=mask.sum(1).tolist()))
         return self.norm(states)
 
     def _set_bias(self, reach: int) -> None:

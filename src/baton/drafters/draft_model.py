@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baton.best import best, top
 from baton.draft import NOTHING, ROOT, Draft, Growing
 from baton.drafters.parts.small_model import SmallModel
 from baton.engine.drafter import at_least
@@ -67,7 +68,7 @@ class DraftModel(SmallModel):
         drawn: list[list[Tensor]] = [[] for _ in requests]
         open_rows = {row for row, depth in enumerate(depths) if depth}
         while open_rows:
-            choice = logits.argmax(-1).tolist()
+            choice = best(logits)[1].tolist()
             sure = logits.float().softmax(-1).amax(-1).tolist() if self.min_confidence else None
             if self.sample:
                 choice = self._draw(requests, tokens, drawn, logits)
@@ -107,8 +108,7 @@ class DraftModel(SmallModel):
         logits = logits[:, None]
         frontiers: list[list[int]] = [[ROOT] for _ in requests]
         for level in range(max(depths)):
-            best = logits.float().log_softmax(-1).topk(min(self.branches, logits.shape[-1]), dim=-1)
-            values, ids = best.values.tolist(), best.indices.tolist()
+            values, ids = (found.tolist() for found in top(logits.float().log_softmax(-1), self.branches))
             for row, builder in enumerate(builders):
                 frontier = frontiers[row] if level < depths[row] else []
                 new = [

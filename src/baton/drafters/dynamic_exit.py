@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from baton.best import best
 from baton.draft import Draft
 from baton.drafters.parts.early_exit import EarlyExit
 from baton.engine.drafter import Joined, Seen, at_least
@@ -102,9 +103,9 @@ class DynamicExit(EarlyExit):
         states = torch.stack([_picked(hidden[layer], places) for layer in self.candidates])  # [layers, n, d]
         for some in states.split(max(1, ROWS_AT_ONCE // len(truth))):
             logits = self.engine.target.head(some).float()
-            best = logits.max(-1)
-            hits.append(best.indices == truth)
-            chances.append((best.values - logits.logsumexp(-1)).exp())
+            values, tokens = best(logits)
+            hits.append(tokens == truth)
+            chances.append((values - logits.logsumexp(-1)).exp())
         hit, sure = torch.cat(hits).cpu().numpy(), torch.cat(chances).double().cpu().numpy()
         end = 0
         for request, columns in zip(requests, places, strict=True):

@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from baton.best import best
 from baton.draft import NOTHING, Draft
 from baton.drafters.parts.small_model import SmallModel
 from baton.engine.drafter import Joined, Seen
@@ -131,9 +132,9 @@ class Pearl(SmallModel):
         written: list[list[int]] = [[] for _ in texts]
         rows, count, since = self.pending(texts, depths), -1, 0.0
         while any(rows):
-            best = self.feed(rows).argmax(-1).tolist()
+            chosen = best(self.feed(rows))[1].tolist()
             since, count = since or perf_counter(), count + 1  # the first pass may read more, and is not counted
-            for row, token in enumerate(best):
+            for row, token in enumerate(chosen):
                 if len(written[row]) < depths[row] and self.known(token):
                     written[row].append(token)
                 else:

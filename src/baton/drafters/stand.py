@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
+from baton.best import top
 from baton.draft import NOTHING, ROOT, Draft, Few, PathTemplate, Tree
 from baton.drafters.parts.ngrams import Context, NGrams, without_replacement
 from baton.drafters.parts.sharing import ByRequest
@@ -133,7 +134,7 @@ class Stand(Drafter):
         scores = seen.logits[[row for row, _ in nodes], [node + 1 for _, node in nodes]].float()
         greedy = requests[0].sampling.greedy
         p = scores.softmax(-1) if greedy else self._engine.chooser.process(scores, requests, paths)[0]
-        values, tokens = (found.tolist() for found in p.topk(min(self.ranks, p.shape[-1]), dim=-1))
+        values, tokens = (found.tolist() for found in top(p, self.ranks))
         for request, path, ids, chances in zip(requests, paths, tokens, values, strict=True):
             if count := sum(chance > 0 for chance in chances):  # none where the logits were no numbers
                 text = (*self._ending(request), *path)[-self.max_ngram :]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from weakref import WeakKeyDictionary
 
+from baton.best import top
 from baton.draft import Draft, PathTemplate
 from baton.drafters.parts.templates import load_tree
 from baton.engine.drafter import Drafter, Joined, Seen, at_least
@@ -53,7 +54,7 @@ class TokenRecycling(Drafter):
         return drafts
 
     def observe(self, seen: Seen) -> None:
-        best = seen.logits.topk(min(len(RANKS), seen.logits.shape[-1]), dim=-1).indices.tolist()
+        best = top(seen.logits, len(RANKS))[1].tolist()
         for request, draft, verdict, rows in zip(seen.requests, seen.drafts, seen.verdicts, best, strict=True):
             if verdict is None:
                 continue

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from baton import verify
+from baton.best import best
 from baton.draft import ROOT, Draft
 from baton.engine.request import Request
 from baton.engine.rules import Rules
@@ -63,8 +64,7 @@ class Chooser:
             for row, request in enumerate(requests):
                 if self._is_first(len(request.tokens)):
                     logits[row, 0, list(self.rules.banned_first)] = -torch.inf
-        best = logits.max(-1)
-        values, own = best.values.tolist(), best.indices.tolist()
+        values, own = (found.tolist() for found in best(logits))
         verdicts: list[Verdict | None] = []
         for request, draft, tokens, scores in zip(requests, drafts, own, values, strict=True):
 

@@ -128,20 +128,41 @@ INLINE v4 sum4(vf a, vf b, vf c, vf d) { return (v4){sum(a), sum(b), sum(c), sum
 #endif
 INLINE vf pick(vi where, vf yes, vf no) { return (vf)(((vi)yes & where) | ((vi)no & ~where)); }
 
-/* e^x, relative error below 2e-7: 2^n times a polynomial in what is left. */
+INLINE int any(vi where) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)where, (__m512i)where) != 0;
+#else
+  int found = 0;
+  for (int i = 0; i < LANES; i++) found |= where[i];
+  return found;
+#endif
+}
+
+/* e^x, relative error below 2e-7: 2^n times a polynomial in what is left. 0 below -120, a number for all numbers. */
 INLINE vf exponential(vf x) {
-  x = pick(x < -87.0f, splat(-87.0f), x);
+#if defined(__AVX512F__)
+  x = (vf)_mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-120.0f), (__m512)x));
+  const vf scaled = x * 1.44269504f, f = (vf)_mm512_roundscale_ps((__m512)scaled, _MM_FROUND_TO_NEAREST_INT);
+#else
+  x = pick(x < -120.0f, splat(-120.0f), x);
   x = pick(x > 88.0f, splat(88.0f), x);
-  vf scaled = x * 1.44269504f;
-  vi n = __builtin_convertvector(scaled + pick(scaled < 0.0f, splat(-0.5f), splat(0.5f)), vi);
-  vf f = __builtin_convertvector(n, vf), r = x - f * 0.693145752f - f * 1.42860677e-6f;
+  const vf scaled = x * 1.44269504f;
+  const vi n = __builtin_convertvector(scaled + pick(scaled < 0.0f, splat(-0.5f), splat(0.5f)), vi);
+  const vf f = __builtin_convertvector(n, vf);
+#endif
+  const vf r = x - f * 0.693145752f - f * 1.42860677e-6f;
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return (p * r * r + r + 1.0f) * (vf)((n + 127) << 23);
+  p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)f);
+#else
+  return p * (vf)(((n + 127) << 23) & (n > -127));
+#endif
 }
 
 /* Call for what lies some tiles ahead: into the nearest cache where there is little to compute meanwhile, or else into
@@ -401,7 +422,7 @@ INLINE void attend(const void *q, const void *k, const void *v, int64_t slots, i
     float most = high[0];
     for (int j = 1; j < LANES; j++) most = high[j] > most ? high[j] : most;
     for (int64_t s = 0; s < padded; s += LANES) {
-      const vf x = load_f32(own + s), y = pick(x == -INFINITY, (vf){0}, exponential(x - most));
+      const vf y = exponential(load_f32(own + s) - most); /* 0 for what is not seen */
       store_f32(own + s, y);
       if (s < whole) total += y;
     }
@@ -657,6 +678,27 @@ static void layer(const Layer *l, const Pass *p, int64_t index) {
 #pragma omp barrier
     }
     give(l, p, &l->down, &l->post_mlp_norm, product, gate);
+  }
+}
+
+/* The `many` largest numbers of each row of x, [m, n], best first, and where they are; of equal ones the earlier first.
+   What is not a number counts as -inf. */
+void top(const float *x, int64_t m, int64_t n, int64_t many, float *values, int64_t *where) {
+  for (int64_t i = 0; i < m; i++, x += n, values += many, where += many) {
+    int64_t held = 0;
+    float least = -INFINITY;
+    for (int64_t at = 0; at < n; at += LANES) {
+      const int64_t end = n - at < LANES ? n : at + LANES;
+      if (held == many && end - at == LANES && !any(load_f32(x + at) > least)) continue;
+      for (int64_t c = at; c < end; c++) {
+        const float own = x[c] == x[c] ? x[c] : -INFINITY;
+        if (held == many && !(own > least)) continue;
+        int64_t place = held < many ? held++ : many - 1;
+        for (; place > 0 && own > values[place - 1]; place--) values[place] = values[place - 1], where[place] = where[place - 1];
+        values[place] = own, where[place] = c;
+        least = values[held - 1];
+      }
+    }
   }
 }
 

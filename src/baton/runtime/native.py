@@ -128,6 +128,7 @@ def kernels() -> Any:
     loaded.whole.argtypes, loaded.whole.restype = (pointer, pointer, size, pointer, pointer, pointer, pointer), size
     loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = (pointer, size, size, size, c_int32), c_int64
     loaded.norm.argtypes = (pointer, pointer, size, size, c_float, c_int32, c_int32, pointer)
+    loaded.top.argtypes = (pointer, size, size, size, pointer, pointer)
     loaded.map.argtypes = (pointer, pointer, size, c_int32, c_int32, pointer)
     return loaded
 

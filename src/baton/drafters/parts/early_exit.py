@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from baton.best import best
 from baton.draft import NOTHING, Draft
 from baton.engine.drafter import Begun, Drafter
 from baton.engine.request import Request
@@ -100,7 +101,7 @@ class EarlyExit(Drafter):
     ) -> tuple[list[int], set[int]]:
         """One token per row, the most probable one or one that is drawn as the target draws; rows that have none."""
         if not self.sample or all(request.sampling.greedy for request in requests):
-            return logits.argmax(-1).tolist(), set()
+            return best(logits)[1].tolist(), set()
         q, failed = self.engine.chooser.process(logits.clone(), requests, tokens)
         broken = {row for row, bad in enumerate(failed) if bad}
         for row, distribution in enumerate(q):

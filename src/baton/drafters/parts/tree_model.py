@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from baton.best import top
 from baton.draft import NOTHING, ROOT, Draft, Growing
 from baton.drafters.parts.small_model import SmallModel
 from baton.engine.request import Request
@@ -83,8 +84,8 @@ class Likely(Row):
 
     def read(self, q: Tensor) -> list[int]:
         """Grow by what follows the frontier, [n, V]; returns the next one."""
-        best = q.topk(min(self.size, q.shape[-1]))
-        for node, *row in zip(self.frontier, best.indices.tolist(), best.values.log().tolist(), strict=True):
+        chances, tokens = top(q, self.size)
+        for node, *row in zip(self.frontier, tokens.tolist(), chances.log().tolist(), strict=True):
             for token, value in zip(*row, strict=True):
                 score = self.score(node) + value
                 if not (score >= self._least and score > -math.inf):

@@ -1,0 +1,43 @@
+"""The best tokens of rows of logits. On the CPU PyTorch takes longer to find them than a small model to give them."""
+
+import subprocess
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest logit of each row, [...], and its token, int64 [...]; what is not a number is higher than any."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        found = logits.max(-1)
+        return found.values, found.indices
+    tokens = torch.from_numpy(logits.numpy().argmax(-1, keepdims=True))
+    return logits.gather(-1, tokens)[..., 0], tokens[..., 0]
+
+
+def top(logits: Tensor, many: int) -> tuple[Tensor, Tensor]:
+    """The highest logits of each row, best first, [..., many], and their tokens, int64; fewer where there are fewer."""
+    many = min(many, logits.shape[-1])
+    if logits.device.type != "cpu" or logits.dtype != torch.float32 or not _compiled():
+        found = logits.topk(many)
+        return found.values, found.indices
+    from baton.runtime.native import kernels
+
+    logits, sizes = logits.contiguous(), (*logits.shape[:-1], many)
+    values, tokens = torch.empty(sizes), torch.empty(sizes, dtype=torch.int64)
+    width = logits.shape[-1]
+    kernels().top(logits.data_ptr(), logits.numel() // width, width, many, values.data_ptr(), tokens.data_ptr())
+    return values, tokens
+
+
+@cache
+def _compiled() -> bool:
+    """Whether there are C functions: they are not compiled for this alone."""
+    from baton.runtime.native import kernels
+
+    try:
+        kernels()
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True

@@ -24,7 +24,7 @@ PLACE = re.compile(r"(<!-- table: ([\w.-]+) -->\n)(.*?)(<!-- end of table -->)",
 
 def table(result: dict[str, Any]) -> str:
     """The table of one result, with the conditions below it."""
-    kinds = {"summaries": _decoding, "points": _scale, "tokens_per_step": _traces}
+    kinds = {"summaries": _decoding, "points": _scale, "tokens_per_step": _traces, "exact": _audit, "sizes": _curve}
     kind = next((kinds[key] for key in kinds if key in result), None)
     if kind is None:
         kind = _passes if "shape" in result["settings"] else _handoff
@@ -90,6 +90,32 @@ def _traces(result: dict[str, Any]) -> str:
     return markdown_table(["tokens per step", "first answer", "mean of the others", "last answer"], rows)
 
 
+def _curve(result: dict[str, Any]) -> str:
+    """Quality of an SLM of each size, alone and with the hand-off, and how much of the way to the LLM that is."""
+    rows = []
+    for point in result["sizes"]:
+        llm, slm, handoff = (point["bleu"][name] for name in ("llm", "slm", "handoff"))
+        times = [f"{point['ms_per_token'][name]:.2f}" for name in ("slm", "handoff", "llm")]
+        closed = f"{100 * (handoff - slm) / (llm - slm):.0f} %"
+        count = f"{point['parameters']['slm'] / 1e6:.2f} M"
+        rows.append([str(point["width"]), count, f"{slm:.1f}", f"{handoff:.1f}", f"{llm:.1f}", closed, *times])
+    heads = ["width", "parameters", "BLEU alone", "with hand-off", "LLM", "of the gap closed"]
+    return markdown_table([*heads, "ms per token, alone", "with hand-off", "LLM"], rows)
+
+
+def _audit(result: dict[str, Any]) -> str:
+    rows = []
+    for method in result["methods"]:
+        near = sum(difference["near_tie"] for difference in method["differences"])
+        bugs = len(method["differences"]) - near + len(method["failed"])
+        law = "" if method["chi_square"] is None else f"{method['chi_square']:.1f} ({method['chi_square_p']:.2f})"
+        counts = (method["compared"], method["tokens"])
+        rows.append([f"`{method['name']}`", *(f"{n:,}" for n in counts), str(near), str(bugs), law])
+    return markdown_table(
+        ["method", "texts", "tokens", "near-ties", "other differences", "law of two tokens (p)"], rows
+    )
+
+
 def _handoff(result: dict[str, Any]) -> str:
     names = {"llm": "LLM", "slm": "SLM alone", "handoff": "hand-off"}
     whole = {cost["tokens"]: cost["total_s"] for cost in result["costs"] if cost["mode"] == "llm"}
@@ -108,6 +134,20 @@ def _handoff(result: dict[str, Any]) -> str:
 
 def _conditions(result: dict[str, Any]) -> str:
     settings = result.get("run", result.get("settings"))
+    if "sizes" in result:
+        steps = result["sizes"][0]["steps"]
+        return (
+            f"{steps} steps each, {result['prompts']} test sentences; {result['machine']['cpu']}, "
+            f"{result['machine']['threads']} threads, commit {result['git']}.\n`{result['command']}`"
+        )
+    if "exact" in result:
+        sizes = ", ".join(map(str, settings["batch_sizes"]))
+        warm = ", ".join(map(str, settings["seeded"]["temperature"]))
+        return (
+            f"{result['model']}, {settings['dtype']}: {settings['prompts']} prompts, {settings['max_new_tokens']} new "
+            f"tokens; greedy, and sampled with a seed (temperature {warm}, top-p 0.95); batches of {sizes}; commit "
+            f"{result['git']}.\n`{result['command']}`"
+        )
     about, versions = result.get("machine", settings.get("machine")), result.get("versions", settings.get("versions"))
     what = settings.get("shape") or settings.get("model")
     if what is None and "llm" in settings:

@@ -38,6 +38,7 @@ from baton.handoff.evaluate import MODES, evaluate
 from baton.handoff.label import label
 from baton.handoff.model import HandoffModel
 from baton.handoff.training import train_handoff
+from baton.machine import machine, revision
 from baton.models.loading import load
 from baton.models.text import TextToText
 from baton.train.dataset import PairDataset
@@ -221,7 +222,8 @@ class Recipe:
             ).to_dict()
             kept = ("parameters", "bleu", "chrf", "ms_per_token")
             points.append({"width": width, "steps": options.max_steps, **{name: report[name] for name in kept}})
-        text = json.dumps({"points": points, "prompts": 500, "command": f"{COMMAND} curve"}, indent=1)
+        about = {"prompts": 500, "command": f"{COMMAND} curve", "git": revision(), "machine": machine()}
+        text = json.dumps({"sizes": points, **about}, indent=1)
         (ROOT / "benchmarks" / "results" / "en-de-curve.json").write_text(text + "\n", encoding="utf-8")
         return True
 

@@ -7,7 +7,7 @@ is shown with that gap. Anything else is a bug.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ def audit(
     *,
     max_new_tokens: int = 128,
     batch_sizes: Sequence[int] = (1, 7, 32),
+    temperatures: Sequence[float] = (SEEDED.temperature,),
     law_runs: int = 4000,
     progress: Progress | None = None,
     on_method: Callable[[AuditReport], None] | None = None,
@@ -96,11 +97,12 @@ def audit(
     Args:
         methods: as in `baton.generate(drafter=...)`. One that draws is verified by recursive rejection: its greedy text
             is compared, and the joint law of two sampled tokens is tested.
+        temperatures: at which texts are sampled, with a top-p of 0.95 and a seed.
         law_runs: pairs of tokens drawn for that test.
         progress: called with (what, done, total).
         on_method: called with the report so far when a method has been compared.
     """
-    ways = (("greedy", Sampling()), ("seeded", SEEDED))
+    ways = [("greedy", Sampling()), *((f"seeded {t:g}", replace(SEEDED, temperature=t)) for t in temperatures)]
     done, total = 0, len(ways) * (1 + len(methods) * len(batch_sizes))
 
     def tick() -> None:
@@ -122,7 +124,7 @@ def audit(
             "batch_sizes": list(batch_sizes),
             "dtype": str(writer.lm.dtype).removeprefix("torch."),
             "near_tie_below": NEAR[writer.lm.dtype],
-            "seeded": asdict(SEEDED),
+            "seeded": asdict(SEEDED) | {"temperature": list(temperatures)},
         },
     )
     for spec in methods:
@@ -132,7 +134,7 @@ def audit(
         for name, sampling in ways:
             outputs = plain[name]
             for size in batch_sizes:
-                if draws and name == "seeded":
+                if draws and not sampling.greedy:
                     tick()
                     continue
                 found = _write(writer, spec, prompts, sampling, max_new_tokens, size)

@@ -1,6 +1,8 @@
 """`baton audit`: does drafting change a single token?"""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,8 @@ from baton.cli.options import Machine
 from baton.cli.sources import check_methods, check_source, first_prompts, write_json
 from baton.data.storage import atomic_write
 from baton.drafters import WITHOUT_MODEL
+from baton.machine import machine as facts
+from baton.machine import revision
 
 REFUTED = 1
 
@@ -42,6 +46,7 @@ def audit(
     limit: Annotated[int, typer.Option(min=1, help="Use only the first so many prompts.")] = 100,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a text.")] = 128,
     batch_size: Annotated[list[int], typer.Option(min=1, help="Prompts written together, repeatable.")] = [1, 7, 32],  # noqa: B006
+    temperature: Annotated[list[float], typer.Option(min=0.01, help="Of sampled texts, repeatable.")] = [0.8],  # noqa: B006
     as_json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write all findings to a file; - is stdout.")
     ] = None,
@@ -62,12 +67,13 @@ def audit(
     from baton.audit import audit as run
 
     found = []
+    about = {"model": model, "command": shlex.join(["baton", *sys.argv[1:]]), "git": revision(), "machine": facts()}
 
     def keep(report: Any) -> None:
         found.append(report)
         if as_json not in (None, "-"):
             with atomic_write(str(as_json)) as file:
-                file.write(json.dumps(report.to_dict(), ensure_ascii=False, indent=1) + "\n")
+                file.write(json.dumps(report.to_dict() | about, ensure_ascii=False, indent=1) + "\n")
 
     try:
         with measuring() as progress:
@@ -77,6 +83,7 @@ def audit(
                 prompts,
                 max_new_tokens=max_new_tokens,
                 batch_sizes=batch_size,
+                temperatures=temperature,
                 progress=progress,
                 on_method=keep,
             )
@@ -85,7 +92,7 @@ def audit(
             raise
         report = found[-1]
         err.print(f"[yellow]stopped: {len(report.methods)} of {len(methods)} methods were compared")
-    if not write_json(as_json, report.to_dict()):
+    if not write_json(as_json, report.to_dict() | about):
         table = Table(title=f"{model}: {len(prompts)} prompts, {report.settings['dtype']}")
         for heading in ("method", "texts", "tokens", "tokens per step", "near-ties", "bugs", "chi-square (p)", ""):
             table.add_column(heading, justify="left" if heading in ("method", "") else "right")

@@ -3,6 +3,7 @@
 import subprocess
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +13,10 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         found = logits.max(-1)
         return found.values, found.indices
-    tokens = torch.from_numpy(logits.numpy().argmax(-1, keepdims=True))
-    return logits.gather(-1, tokens)[..., 0], tokens[..., 0]
+    rows = logits.numpy().reshape(-1, logits.shape[-1])
+    tokens = rows.argmax(1)
+    values = rows[np.arange(len(tokens)), tokens]
+    return torch.from_numpy(values).view(logits.shape[:-1]), torch.from_numpy(tokens).view(logits.shape[:-1])
 
 
 def top(logits: Tensor, many: int) -> tuple[Tensor, Tensor]:

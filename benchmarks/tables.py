@@ -40,12 +40,13 @@ def _decoding(result: dict[str, Any]) -> str:
         own = [found.get((name, size)) for size in sizes]
         first = next(s for s in own if s)
         length = first["acceptance_length"]
-        cells = [name, f"{length:.2f}" if length else ""]
+        share = (first["share"] or {}).get("draft")
+        cells = [name, f"{length:.2f}" if length else "", "" if share is None else f"{100 * share:.0f} %"]
         for summary in own:
             cells += ["", ""] if summary is None else [f"{summary['tokens_per_second']:,.0f}", _speedup(summary)]
         rows.append([*cells, f"{first['different']} of {first['requests']}" if first["different"] is not None else ""])
     heads = [head for size in sizes for head in (f"tokens/s, batch {size}", "over plain [95 %]")]
-    return markdown_table(["", "tokens per step", *heads, "texts that differ"], rows)
+    return markdown_table(["", "tokens per step", "drafting", *heads, "texts that differ"], rows)
 
 
 def _speedup(summary: dict[str, Any]) -> str:
@@ -161,7 +162,9 @@ def _conditions(result: dict[str, Any]) -> str:
         )
     if "suites" in settings:
         prompts = ", ".join(f"{suite['prompts']} of `{name}`" for name, suite in settings["suites"].items())
-        what += f"; prompts: {prompts}; greedy, {settings['max_new_tokens']} new tokens"
+        warm = settings["sampling"]["temperature"]
+        how = f"temperature {warm:g}" if warm else "greedy"
+        what += f"; prompts: {prompts}; {how}, {settings['max_new_tokens']} new tokens"
     return (
         f"{what}; {settings['dtype']}, runtime {settings['runtime']}, {about['cpu']}, {about['threads']} threads, "
         f"memory read at {about['bandwidth_gb_s']} GB/s, PyTorch {versions['torch']}, transformers "

@@ -119,30 +119,36 @@ class NativeDecoder(Native, DecoderOnly):
         return cos, sin
 
 
+def around(first: Any, last: Any, scale: float, activation: Any, parts: Parts) -> dict[str, Any]:
+    """Of a layer: the norms before its two parts, the scale of scores, and the activation."""
+    return {
+        "norm": parts.norm(first),
+        "mlp_norm": parts.norm(last),
+        "norms": norm_kind(first),
+        "epsilon": epsilon_of(first),
+        "scale": scale,
+        "activation": parts.activation(activation),
+    }
+
+
 class NativeLlama(NativeDecoder):
     """Llama, Mistral, Qwen2, Qwen3; Gemma and Gemma 3, whose norms count from one, and who norm what parts give too."""
 
     def layer(self, layer: Any, parts: Parts) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
+        last = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
         width = parts.width(attention.head_dim)
         made = Layer(
             **{name: parts.linear(getattr(attention, f"{name}_proj")) for name in "qkvo"},
             **{name: parts.linear(getattr(mlp, f"{name}_proj")) for name in ("gate", "up", "down")},
             **shape(attention.q_proj.out_features // width, attention.k_proj.out_features // width, width),
-            norm=parts.norm(layer.input_layernorm),
-            norms=norm_kind(layer.input_layernorm),
-            epsilon=epsilon_of(layer.input_layernorm),
-            scale=attention.scaling,
-            activation=parts.activation(mlp.act_fn),
+            **around(layer.input_layernorm, last, attention.scaling, mlp.act_fn, parts),
         )
         if hasattr(attention, "q_norm"):
             made.q_norm, made.k_norm = parts.norm(attention.q_norm), parts.norm(attention.k_norm)
-        if hasattr(layer, "pre_feedforward_layernorm"):
+        if last is not layer.post_attention_layernorm:
             made.post_norm = parts.norm(layer.post_attention_layernorm)
-            made.mlp_norm = parts.norm(layer.pre_feedforward_layernorm)
             made.post_mlp_norm = parts.norm(layer.post_feedforward_layernorm)
-        else:
-            made.mlp_norm = parts.norm(layer.post_attention_layernorm)
         if getattr(attention, "is_causal", True) is not True or getattr(attention, "attn_logit_softcapping", None):
             raise UnsupportedModel("native layers look back only, and cap no scores")
         return made
@@ -164,17 +170,14 @@ class NativePhi3(NativeDecoder):
             up=parts.linear(mlp.gate_up_proj, range(inner, 2 * inner)),
             down=parts.linear(mlp.down_proj),
             **shape(heads, kv_heads, parts.width(width)),
-            norm=parts.norm(layer.input_layernorm),
-            mlp_norm=parts.norm(layer.post_attention_layernorm),
-            norms=norm_kind(layer.input_layernorm),
-            epsilon=epsilon_of(layer.input_layernorm),
-            scale=attention.scaling,
-            activation=parts.activation(mlp.activation_fn),
+            **around(
+                layer.input_layernorm, layer.post_attention_layernorm, attention.scaling, mlp.activation_fn, parts
+            ),
         )
 
 
 class NativeGPTNeoX(NativeDecoder):
-    """GPT-NeoX and Pythia: a head's query, key and value lie together, the feed-forward part may be beside it."""
+    """GPT-NeoX, Pythia: queries, keys and values come head by head; feed-forward parts may stand beside attention."""
 
     last = "final_layer_norm"
 
@@ -187,13 +190,8 @@ class NativeGPTNeoX(NativeDecoder):
             gate=parts.linear(mlp.dense_h_to_4h),
             down=parts.linear(mlp.dense_4h_to_h),
             **shape(heads, heads, width) | {"head_step": 3 * width, "first_key": width, "first_value": 2 * width},
-            norm=parts.norm(layer.input_layernorm),
-            mlp_norm=parts.norm(layer.post_attention_layernorm),
-            norms=norm_kind(layer.input_layernorm),
             parallel=layer.use_parallel_residual,
-            epsilon=epsilon_of(layer.input_layernorm),
-            scale=attention.scaling,
-            activation=parts.activation(mlp.act),
+            **around(layer.input_layernorm, layer.post_attention_layernorm, attention.scaling, mlp.act, parts),
         )
 
 
@@ -214,12 +212,7 @@ class NativeGPT2(NativeDecoder):
             gate=parts.linear(mlp.c_fc),
             down=parts.linear(mlp.c_proj),
             **shape(heads, heads, width),
-            norm=parts.norm(layer.ln_1),
-            mlp_norm=parts.norm(layer.ln_2),
-            norms=norm_kind(layer.ln_1),
-            epsilon=epsilon_of(layer.ln_1),
-            scale=attention.scaling,
-            activation=parts.activation(mlp.act),
+            **around(layer.ln_1, layer.ln_2, attention.scaling, mlp.act, parts),
         )
 
 
@@ -246,10 +239,5 @@ class NativeOPT(NativeDecoder):
             gate=parts.linear(layer.fc1),
             down=parts.linear(layer.fc2),
             **shape(attention.num_heads, attention.num_heads, parts.width(attention.head_dim)),
-            norm=parts.norm(layer.self_attn_layer_norm),
-            mlp_norm=parts.norm(layer.final_layer_norm),
-            norms=norm_kind(layer.self_attn_layer_norm),
-            epsilon=epsilon_of(layer.self_attn_layer_norm),
-            scale=attention.scaling,
-            activation=parts.activation(layer.activation_fn),
+            **around(layer.self_attn_layer_norm, layer.final_layer_norm, attention.scaling, layer.activation_fn, parts),
         )

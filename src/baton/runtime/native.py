@@ -282,7 +282,7 @@ class Stack:
         Raises: IndexError for an id that the model does not have.
         """
         b, n = ids.shape
-        ids, hidden = ids.contiguous(), torch.empty((b, n, self.d))
+        ids, hidden = ids.long().contiguous(), torch.empty((b, n, self.d))
         states, logits = torch.empty_like(hidden), torch.empty((b, n, ends.head.out))
         this, _held = self._pass(hidden, rows, b, n)
         addresses = ids.data_ptr(), states.data_ptr(), logits.data_ptr()

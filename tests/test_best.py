@@ -1,9 +1,20 @@
 """The best tokens of rows of logits are those that PyTorch finds."""
 
+import subprocess
+
 import pytest
 import torch
 
 from baton.best import best, top
+from baton.runtime.native import kernels
+
+
+@pytest.fixture(autouse=True)
+def _loaded() -> None:
+    try:
+        kernels()
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"the C kernels cannot be compiled here: {error}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -29,6 +40,13 @@ def test_of_equal_ones_the_earlier_and_what_is_no_number_is_seen() -> None:
     assert tokens.tolist() == [[3, 30, 0], [0, 1, 2]] and not values.isnan().any()
     values, tokens = top(torch.full((1, 50), -torch.inf), 4)
     assert tokens.tolist() == [[0, 1, 2, 3]] and values.isinf().all()
+
+
+def test_nobody_waits_for_a_compiler_in_the_middle_of_a_text() -> None:
+    logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(2))
+    kernels.cache_clear()
+    assert torch.equal(top(logits, 4)[0], logits.topk(4).values)
+    assert kernels.cache_info().currsize == 0
 
 
 def test_parts_of_larger_tensors_are_read_where_they_lie() -> None:

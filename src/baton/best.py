@@ -1,8 +1,5 @@
 """The best tokens of rows of logits. On the CPU PyTorch takes longer to find them than a small model to give them."""
 
-import subprocess
-from functools import cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,7 +19,7 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
 def top(logits: Tensor, many: int) -> tuple[Tensor, Tensor]:
     """The highest logits of each row, best first, [..., many], and their tokens, int64; fewer where there are fewer."""
     many = min(many, logits.shape[-1])
-    if logits.device.type != "cpu" or logits.dtype != torch.float32 or not _compiled():
+    if logits.device.type != "cpu" or logits.dtype != torch.float32 or not _loaded():
         found = logits.topk(many)
         return found.values, found.indices
     from baton.runtime.native import kernels
@@ -34,13 +31,8 @@ def top(logits: Tensor, many: int) -> tuple[Tensor, Tensor]:
     return values, tokens
 
 
-@cache
-def _compiled() -> bool:
-    """Whether there are C functions: they are not compiled for this alone."""
+def _loaded() -> bool:
+    """Whether a model runs by native layers: without one, nobody waits for a compiler in the middle of a text."""
     from baton.runtime.native import kernels
 
-    try:
-        kernels()
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
+    return kernels.cache_info().currsize > 0

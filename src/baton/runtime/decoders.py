@@ -21,8 +21,7 @@ from baton.runtime.native import (
     Native,
     Parts,
     Stack,
-    epsilon_of,
-    norm_kind,
+    around,
     shape,
     writable,
 )
@@ -117,18 +116,6 @@ class NativeDecoder(Native, DecoderOnly):
             torch.cat(angles)[..., : angles[0].shape[-1] // 2].contiguous() for angles in zip(*found, strict=True)
         )
         return cos, sin
-
-
-def around(first: Any, last: Any, scale: float, activation: Any, parts: Parts) -> dict[str, Any]:
-    """Of a layer: the norms before its two parts, the scale of scores, and the activation."""
-    return {
-        "norm": parts.norm(first),
-        "mlp_norm": parts.norm(last),
-        "norms": norm_kind(first),
-        "epsilon": epsilon_of(first),
-        "scale": scale,
-        "activation": parts.activation(activation),
-    }
 
 
 class NativeLlama(NativeDecoder):

@@ -384,6 +384,18 @@ def epsilon_of(norm: Any) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
+def around(first: Any, last: Any, scale: float, activation: Any, parts: Parts) -> dict[str, Any]:
+    """Of a layer: the norms before its two parts, the scale of scores, and the activation."""
+    return {
+        "norm": parts.norm(first),
+        "mlp_norm": parts.norm(last),
+        "norms": norm_kind(first),
+        "epsilon": epsilon_of(first),
+        "scale": scale,
+        "activation": parts.activation(activation),
+    }
+
+
 class LastNorm:
     """The norm before a head.
 

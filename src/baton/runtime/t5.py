@@ -19,8 +19,7 @@ from baton.runtime.native import (
     Rows,
     Stack,
     apply,
-    epsilon_of,
-    norm_kind,
+    around,
     shape,
     writable,
 )
@@ -126,14 +125,9 @@ def _layer(block: Any, parts: Parts) -> Layer:
         **{name: parts.linear(getattr(attention, name)) for name in "qkvo"},
         gate=parts.linear(mlp.wi_0 if gated else mlp.wi),
         down=parts.linear(mlp.wo),
-        norm=parts.norm(first.layer_norm),
-        mlp_norm=parts.norm(last.layer_norm),
         **shape(attention.n_heads, attention.n_heads, parts.width(attention.key_value_proj_dim)),
-        epsilon=epsilon_of(first.layer_norm),
-        scale=1.0,
-        norms=norm_kind(first.layer_norm),
+        **around(first.layer_norm, last.layer_norm, 1.0, mlp.act, parts),
         dtype=DTYPES[parts.dtype],
-        activation=parts.activation(mlp.act),
     )
     if gated:
         made.up = parts.linear(mlp.wi_1)

@@ -171,6 +171,7 @@ class SmallModel(Drafter):
 
     @property
     def _memory(self) -> Memory:
+        """What its rows hold, their prompts read."""
         while self._unread:
             _, memory = self.target.prefill(self._unread[0])
             del self._unread[0]  # a pass that failed is made again

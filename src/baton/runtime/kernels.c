@@ -40,11 +40,11 @@ typedef struct {
 
 /* One layer. Parts that a family does not have are NULL. */
 typedef struct {
-  Linear q, k, v, o, cross_q, cross_o, gate, up, down; /* a feed-forward part without gate has only `gate`; q may give all */
+  Linear q, k, v, o, cross_q, cross_o, gate, up, down; /* without gate there is only `gate`; q may give k and v too */
   Norm norm, cross_norm, mlp_norm, post_norm, post_mlp_norm; /* before parts, and of what two of them give */
   Norm q_norm, k_norm;                                       /* [width], of every head */
-  const float *bias;                                   /* [heads, bias_size], added by distance */
-  const void *cross_keys, *cross_values;               /* [rows, heads, cross_slots, width] */
+  const float *bias;                                         /* [heads, bias_size], added by distance */
+  const void *cross_keys, *cross_values;                     /* [rows, heads, cross_slots, width] */
   int64_t heads, kv_heads, width, cross_slots, bias_size, bias_offset, window;
   int64_t head_step, first_key, first_value; /* where heads lie in what q, k and v give of a token */
   int64_t turned, angles;                    /* numbers of a head that turn by position, and by which of the tables */
@@ -454,10 +454,10 @@ INLINE void attend(const void *q, const void *k, const void *v, int64_t slots, i
 }
 #define ATTEND(NAME, DTYPE)                                                                                     \
   static void NAME(const void *q, const void *k, const void *v, int64_t slots, int64_t width, float scale,      \
-                   float *scores, int64_t stride, int64_t start, const int32_t *positions, int m, void *out) {      \
-    if (m == 1) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 1, DTYPE, out);            \
-    else if (m == 2) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 2, DTYPE, out);       \
-    else if (m == 3) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 3, DTYPE, out);       \
+                   float *scores, int64_t stride, int64_t start, const int32_t *positions, int m, void *out) {  \
+    if (m == 1) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 1, DTYPE, out);          \
+    else if (m == 2) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 2, DTYPE, out);     \
+    else if (m == 3) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 3, DTYPE, out);     \
     else attend(q, k, v, slots, width, scale, scores, stride, start, positions, TILE, DTYPE, out);              \
   }
 ATTEND(attend_f32, F32)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from edits import examples
 from stages import main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -31,13 +32,21 @@ from baton.train.options import TrainOptions
 from baton.train.trainer import make_trainer, run
 
 # stage: whether torchrun may run it
-STAGES = {"tokenizer": False, "target": True, "draft": True, "publish": False, "layerskip": True, "corpus": False}
+STAGES = {
+    "tokenizer": False,
+    "code": True,  # the target, on code alone
+    "target": True,  # ... trained on, with edits of code among it: their answers repeat their prompts
+    "draft": True,
+    "publish": False,
+    "layerskip": True,
+    "corpus": False,
+}
 ON_REQUEST = ("layerskip", "corpus")
 ROOT = Path(__file__).resolve().parents[1]
-VOCAB, BLOCK = 4096, 256  # tokens
+VOCAB, BLOCK, LONG_BLOCK = 4096, 256, 512  # tokens; a function fits twice into the long one
 PROMPT, PROMPTS = 96, 1000  # tokens of a held-out prompt, and how many are shipped
 LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
-TARGET = TrainOptions(
+CODE = TrainOptions(
     max_steps=1100,
     batch_size=32,
     micro_batch_size=16,  # activations that fit into a processor's cache: a quarter faster, same result
@@ -50,9 +59,21 @@ TARGET = TrainOptions(
     patience=0,
     max_quality_examples=0,
 )
-DRAFT = replace(TARGET, max_steps=800)
-# A rate between that of the first training and its end; each exit but the last counts in one step of four.
-LAYERSKIP = replace(TARGET, max_steps=120, learning_rate=2e-3, embedding_lr=2e-3, eval_every=60, save_every=20)
+DRAFT = replace(CODE, max_steps=800)
+# Of as many tokens per step as before, at a rate between that of the first training and its end.
+TARGET = replace(
+    CODE,
+    max_steps=500,
+    batch_size=16,
+    micro_batch_size=8,
+    learning_rate=2e-3,
+    embedding_lr=2e-3,
+    eval_every=250,
+    save_every=50,
+)
+EDITS = 2  # of each function
+# Each exit but the last counts in one step of four.
+LAYERSKIP = replace(TARGET, max_steps=120, eval_every=60, save_every=20)
 EXITS = LayerSkipOptions(p_max=0.1, e_scale=1.0, rotation=4)
 EXIT_LAYER = 4  # of 14: where drafting stops by default
 
@@ -114,9 +135,13 @@ class Recipe:
             clean_up_tokenization_spaces=False,
         ).save_pretrained(self.out / "tokenizer")
 
-    def target(self) -> bool:
+    def code(self) -> bool:
         model = llama(width=192, layers=14, heads=3, kv_heads=1, inner=512)
-        return self._train(TextToText(model), TARGET, "target", self._tokenizer())
+        return self._train(TextToText(model), CODE, "code", self._tokenizer())
+
+    def target(self) -> bool:
+        model = LlamaForCausalLM.from_pretrained(self.out / "code", dtype=torch.float32)
+        return self._train(TextToText(model), TARGET, "target", self._tokenizer(), edits=True)
 
     def draft(self) -> bool:
         model = llama(width=96, layers=2, heads=3, kv_heads=1, inner=256)
@@ -160,13 +185,19 @@ class Recipe:
         model.generation_config.assistant_early_exit = EXIT_LAYER
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.save_pretrained(self.out / "layerskip")
-        return self._train(EarlyExits(model, EXITS, LAYERSKIP.max_steps), LAYERSKIP, "layerskip", tokenizer)
+        return self._train(EarlyExits(model, EXITS, LAYERSKIP.max_steps), LAYERSKIP, "layerskip", tokenizer, edits=True)
 
     def _tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.out / "tokenizer")
 
-    def _train(self, model: TextToText, options: TrainOptions, stage: str, tokenizer: Any) -> bool:
-        datasets = [BlockDataset(texts, tokenizer, length=BLOCK, separator=1) for texts in (self.train, self.held_out)]
+    def _train(
+        self, model: TextToText, options: TrainOptions, stage: str, tokenizer: Any, *, edits: bool = False
+    ) -> bool:
+        more = [text for seed in range(EDITS if edits else 0) for text in examples(self.train, seed=seed)]
+        length = LONG_BLOCK if edits else BLOCK
+        datasets = [
+            BlockDataset(texts, tokenizer, length=length, separator=1) for texts in (self.train + more, self.held_out)
+        ]
         trainer = make_trainer(model, *datasets, out=self.out / stage / "run", options=options, prompt_pad_id=0)
         if isinstance(model, EarlyExits):
             trainer.add_callback(StepCounter(model))

@@ -9,15 +9,13 @@
 """
 
 import argparse
-import ast
 import json
-import keyword
 import random
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from edits import functions, names, renamed
 from pycode import Recipe
 
 from baton.bench.suites import FOLDER, Suite, Task, write_suite
@@ -28,17 +26,6 @@ COUNTS = {"code": 100, "edit": 100, "translate": 200, "math": 100}
 LIBRARY = f"Python {sys.version_info.major}.{sys.version_info.minor} standard library"
 
 
-def functions(texts: list[str]) -> Iterator[list[str]]:
-    """The lines of each top-level function and class of 8 to 40 lines."""
-    for text in texts:
-        lines = text.splitlines()
-        for node in ast.parse(text).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno is not None:
-                found = lines[node.lineno - 1 : node.end_lineno]
-                if 8 <= len(found) <= 40 and max(map(len, found)) < 100:
-                    yield found
-
-
 def code(found: list[list[str]]) -> Iterator[Task]:
     for lines in found:
         yield Task(prompt="\n".join(lines[: max(4, len(lines) // 3)]) + "\n")
@@ -47,14 +34,9 @@ def code(found: list[list[str]]) -> Iterator[Task]:
 def edit(found: list[list[str]]) -> Iterator[Task]:
     for lines in found:
         text = "\n".join(lines)
-        names = re.findall(r"\b[a-z_]{3,}\b", text)
-        frequent = [n for n in dict.fromkeys(names) if names.count(n) >= 3 and not keyword.iskeyword(n) and n != "self"]
-        if frequent:
-            old, new = frequent[0], f"new_{frequent[0]}"
-            answer = re.sub(rf"\b{old}\b", new, text)
-            first, rest = answer.split("\n", 1)
-            prompt = f"{text}\n\n\n# The same again, with {old} renamed to {new}.\n{first}\n"
-            yield Task(prompt=prompt, references=(f"{rest}\n",))
+        if frequent := names(text):
+            prompt, answer = renamed(text, frequent[0], f"new_{frequent[0]}")
+            yield Task(prompt=prompt, references=(answer,))
 
 
 def main() -> None:

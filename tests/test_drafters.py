@@ -168,6 +168,43 @@ def test_text_is_the_targets_own(name: str, family: str) -> None:
                 accounted(output)
 
 
+class Stingy(Drafter):
+    """Lets another drafter have few nodes, each row another number, none now and then."""
+
+    name = "stingy"
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter, self.made = drafter, 0
+        self.join = drafter.join  # type: ignore[method-assign]
+        self.observe, self.select = drafter.observe, drafter.select  # type: ignore[method-assign]
+
+    def attach(self, engine: Engine) -> None:
+        self.drafter.attach(engine)
+        self.layers = self.drafter.layers
+
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
+        for row, request in enumerate(requests):
+            request.worthwhile = (len(request.steps) + row) % 4
+        drafts = self.drafter.propose(requests)
+        self.begun = self.drafter.begun
+        for request, draft in zip(requests, drafts, strict=True):
+            assert draft.tree.depth <= request.worthwhile
+            shaped = self.drafter.name in ("rsd-c", "rsd-s")  # trees of one shape: only their depth is bounded
+            assert shaped or len(draft) <= request.worthwhile
+        self.made += sum(map(len, drafts))
+        return drafts
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("adversary", "controller")])
+def test_a_drafter_makes_no_more_than_is_worthwhile(name: str) -> None:
+    writer, other = tiny.language_model("llama"), tiny.language_model("llama", seed=5)
+    plain = texts(generate(writer, PROMPTS, max_new_tokens=19))
+    for batch_size in (1, 3):
+        stingy = Stingy(drafters(writer, other)[name])
+        assert texts(generate(writer, PROMPTS, max_new_tokens=19, drafter=stingy, batch_size=batch_size)) == plain
+        assert stingy.made or name in ("aded", "del", "pearl")  # seldom sure of anything on random text
+
+
 def accounted(output: Output) -> None:
     """Counts, provenance and tokens agree."""
     assert len(output.sources) == len(output.token_ids)

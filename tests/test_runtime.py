@@ -200,6 +200,28 @@ def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(name: str, dtype: t
             assert torch.equal(target.forward(ids[:, node : node + 1], own)[0, 0], found[1, node])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_with_fewer_tokens_are_computed_without_their_padding(name: str, dtype: torch.dtype) -> None:
+    """Bit for bit what a rectangular pass gives; chains and trees, rows without any token among them."""
+    _, target = both(name, dtype)
+    ids = torch.arange(8, 8 + 5 * 4).view(4, 5)
+    for counts, tree in (([2, 5, 0, 1], None), ([5, 1, 3, 4], TREE.expand(4, -1, -1))):
+        (_, memory), (_, other) = (target.prefill(prompts(9, 4, 12, 1)) for _ in range(2))
+        positions = None if tree is None else torch.tensor(memory.lengths)[:, None] + DEPTHS
+        full = target.forward(ids, memory, positions=positions, tree=tree)
+        found = target.forward(ids, other, positions=positions, tree=tree, counts=counts)
+        for row, count in enumerate(counts):
+            assert torch.equal(found[row, :count], full[row, :count]) and not found[row, count:].any()
+        after = []
+        for held in (memory, other):
+            held.keep([list(range(min(count, 2))) for count in counts])
+            after.append(target.forward(ids[:, :1], held))
+        assert torch.equal(*after)
+    with pytest.raises(ValueError, match="counted"):
+        target.forward(ids, memory, counts=[6, 1, 1, 1])
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "t5, gated"])
 def test_layers_are_captured_and_run_apart(name: str) -> None:
     stock, fast = both(name, torch.float32)
@@ -589,7 +611,7 @@ def test_positions_and_rows_that_do_not_exist_are_no_accident() -> None:
     fast.context = None
     _, memory = fast.prefill(prompts(4))
     assert fast.forward(torch.tensor([[5]]), memory, positions=torch.tensor([[50000]])).isfinite().all()
-    with pytest.raises(ValueError, match="2 rows of tokens for 1"):
+    with pytest.raises(ValueError, match=r"2 rows of 1 tokens, counted \[1, 1\], for 1 rows"):
         fast.forward(torch.tensor([[5], [6]]), memory)
     _, t5 = both("t5", torch.float32)
     _, memory = t5.prefill(prompts(4))

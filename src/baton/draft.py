@@ -274,7 +274,7 @@ class PathTemplate:
 
     Args:
         paths: per wanted node the ranks on the way to it, such as (0, 2): the third best after the best. Beginnings
-            of paths are nodes too, named or not.
+            of paths are nodes too, named or not. The most promising come first, where that is known.
     Raises: DraftError for a path given twice, or an empty one.
     """
 
@@ -284,6 +284,7 @@ class PathTemplate:
             raise DraftError("a template's paths must be different and not empty")
         nodes = sorted({path[:end] for path in given for end in range(1, len(path) + 1)}, key=lambda p: (len(p), p))
         place = {(): ROOT} | {path: node for node, path in enumerate(nodes)}
+        self._paths = given
         self.ranks = tuple(path[-1] for path in nodes)
         self.tree = Tree(place[path[:-1]] for path in nodes)
 
@@ -308,6 +309,14 @@ class PathTemplate:
                 for rank, chance in enumerate(accuracy):
                     heapq.heappush(frontier, (value * chance, (*path, rank)))
         return cls(paths)
+
+    def first(self, count: int) -> "PathTemplate":
+        """The template of its first paths alone."""
+        return self if count >= len(self._paths) else self._first(max(count, 0))
+
+    @lru_cache(maxsize=32)  # noqa: B019 (templates live as long as the program)
+    def _first(self, count: int) -> "PathTemplate":
+        return PathTemplate(self._paths[:count])
 
     def within(self, depth: int) -> "PathTemplate":
         """The same template without nodes deeper than that."""

@@ -82,4 +82,5 @@ class Aded(Drafter):
         seed = uniform(request.sampling.seed, request.key, f"draft/{len(request.steps)}", len(request.tokens))
         search = Search(table.row, (newest[-2], newest[-1]), self.max_depth, Random(int(2**52 * seed)).random)
         search.run(self.iterations, self.num_paths, self.c1, self.c2)
-        return search.draft(self.num_paths, self.num_draft_tokens, self.name).within(request.room)
+        nodes = request.nodes(self.num_draft_tokens)
+        return search.draft(self.num_paths, nodes, self.name).within(request.room)

@@ -24,11 +24,25 @@ from baton.verify import follow
 if TYPE_CHECKING:
     from baton.engine.loop import Engine
 
-FULL, EMPTY = 100, 3  # plain steps that the purse can hold, and that it starts with
-LOOK = -1  # in place of a size: a draft that is not verified
-PROBE = 2  # place of the size that is tried where nothing seems to pay
+FULL, EMPTY = 100, 2  # plain steps that the purse can hold, and that it starts with
+GLANCE = 8  # nodes of a draft that is only looked at
+PROBE = SIZES[2]  # nodes that are tried where nothing seems to pay
+PRICES = (0.03, 0.07, 0.15, 0.3, 0.5)  # in a batch: tokens that a node must bring, for a row to take it
 CURIOUS, CHECK = 12, 40  # so often a draft is one size larger than it seems wise, and steps are plain, to know both
 FIRST, REST = 8, 7  # steps that are plain at first; and in a row, where drafting does not pay: asking takes time too
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done in one step."""
+
+    requests: Sequence[Request] = ()
+    sizes: Sequence[int] = ()  # nodes that each draft may have
+    look: bool = False  # drafts are made, and not verified
+
+    @property
+    def plain(self) -> bool:
+        return not any(self.sizes)
 
 
 @dataclass(kw_only=True)
@@ -47,11 +61,12 @@ class Controller(Drafter):
         self.glances = 0.0  # ... and by making drafts that are only looked at
         self._steps = 0  # at which something was decided
         self._resting = 0  # steps that are plain without another thought
-        self._under_way: tuple[list[Request], int] = ([], 0)  # requests of the latest step, and its drafts' size
+        self._plan = Plan()  # of the latest step
         self._looked: dict[Request, tuple[Draft, int]] = {}  # drafts that were looked at, and where
-        self._step_s: dict[tuple[int, int], float] = {}  # (requests, size) -> seconds of a step, lately
-        self._draft_s: dict[int, float] = {}  # size -> seconds that the drafter took of them
-        self._extras: dict[tuple[int, int], list[float]] = {}
+        self._plain: dict[int, float] = {}  # requests -> seconds of a plain step, lately
+        self._slower: dict[tuple[int, int], float] = {}  # (requests, about so many nodes) -> times what was expected
+        self._draft_s: dict[int, float] = {}  # nodes of the largest draft -> seconds that the drafter took, lately
+        self._extras: dict[tuple[int, int, int], float] = {}
 
     @property
     def draws(self) -> bool:
@@ -60,6 +75,7 @@ class Controller(Drafter):
     def attach(self, engine: "Engine") -> None:
         self.drafter.attach(engine)
         self.layers = self.drafter.layers
+        self.ragged = engine.target.ragged
         self.costs = quick_profile(engine.writer, rows=(1, 4, 16, 64), batches=sorted({1, engine.max_rows}))
 
     def join(self, joined: Joined) -> None:
@@ -69,35 +85,37 @@ class Controller(Drafter):
         self.drafter.select(rows)
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
-        if self._resting and len(requests) == len(self._under_way[0]):
+        if self._resting and len(requests) == len(self._plan.requests):
             self._resting -= 1
             self.layers = frozenset()  # nobody looks at them in this step
             return [NOTHING] * len(requests)
         self._account()
         self._compare(requests)
         self._steps += 1
-        size = self._size(requests)
-        self._resting = REST if size == 0 and self._steps > FIRST else 0
-        self._under_way = (list(requests), size)
+        self._plan = plan = self._decide(requests)
+        self._resting = REST if plan.plain and self._steps > FIRST else 0
         self.begun = None
-        if not size:
+        if plan.plain:
             self.layers = frozenset()
             return [NOTHING] * len(requests)
+        for request, size in zip(requests, plan.sizes, strict=True):
+            request.worthwhile = size
         drafts = self.drafter.propose(requests)
-        if size == LOOK:
+        if plan.look:
             self._looked = {r: (d, len(r.tokens)) for r, d in zip(requests, drafts, strict=True) if d.tokens}
             return [NOTHING] * len(requests)
         self.begun = self.drafter.begun
         # Where the target has begun with a draft already, it goes on with all of it.
-        return drafts if self.begun is not None else [cut(draft, size) for draft in drafts]
+        return drafts if self.begun is not None else [cut(d, n) for d, n in zip(drafts, plan.sizes, strict=True)]
 
     def observe(self, seen: Seen) -> None:
         self.layers = self.drafter.layers
-        size = self._under_way[1]
-        if size in (0, LOOK):
+        plan = self._plan
+        if plan.plain or plan.look:
             return  # what a resting drafter misses costs speed only
         self.drafter.observe(seen)
-        for request, draft, verdict in zip(seen.requests, seen.drafts, seen.verdicts, strict=True):
+        known = zip(seen.requests, seen.drafts, seen.verdicts, plan.sizes, strict=True)
+        for request, draft, verdict, size in known:
             if verdict is not None and draft.tokens:
                 self.worth.learn(request, draft, verdict.accepted, whole=len(draft) < size)
 
@@ -107,46 +125,72 @@ class Controller(Drafter):
             if request not in requests or len(request.tokens) >= start + draft.tree.depth:
                 after = iter(request.tokens[start:])
                 verdict = follow(draft, lambda _, after=after: next(after, -1))  # type: ignore[misc]
-                self.worth.learn(request, draft, verdict.accepted if verdict else (), whole=True)
+                self.worth.learn(request, draft, verdict.accepted if verdict else (), whole=len(draft) < GLANCE)
                 del self._looked[request]
 
-    def _size(self, requests: Sequence[Request]) -> int:
-        """Nodes per row that are worth verifying now; 0: none; or `LOOK`."""
+    def _decide(self, requests: Sequence[Request]) -> Plan:
         rows = len(requests)
-        plain = self._plain_s(rows)
+        plain, nothing = self._plain_s(rows), Plan(requests, [0] * rows)
+        look = Plan(requests, [GLANCE] * rows, look=True)
         if not plain or self._steps <= FIRST or self._steps % CHECK == 0:
-            return 0
-        extras = self._extra_s(rows, len(requests[0].context) + len(requests[0].tokens))
-        seconds = [plain + extra + self._drafting_s(size) for size, extra in zip(SIZES, extras, strict=True)]
-        # What was measured counts as much as what was to be expected: a size that was slow once is tried again.
-        seconds = [(s + self._step_s.get((rows, size), s)) / 2 for size, s in zip(SIZES, seconds, strict=True)]
+            return nothing
+        if not self._draft_s:  # before anything is risked
+            return look
+        context = len(requests[0].context) + len(requests[0].tokens)
         if self.purse >= 0:
             worth = [self.worth.of(request) for request in requests]
-            rates = [(rows + sum(each)) / taken for *each, taken in zip(*worth, seconds, strict=True)]
-            best = max(range(len(SIZES)), key=rates.__getitem__)
-            if rates[best] > rows / plain:
-                return SIZES[min(best + (self._steps % CURIOUS == 0), len(SIZES) - 1)]
-            if self.purse > 4 * (seconds[PROBE] - plain):  # nothing seems to pay, but texts change
-                return SIZES[PROBE]
-        return LOOK if not self._looked and self.glances > self._drafting_s(LOOK) else 0
+            best, rate = nothing.sizes, rows / plain
+            for places in self._choices(worth):
+                sizes = [SIZES[place] if place >= 0 else 0 for place in places]
+                gain = sum(own[place] for own, place in zip(worth, places, strict=True) if place >= 0)
+                if (found := (rows + gain) / self._seconds(sizes, context)) > rate:
+                    best, rate = sizes, found
+            if any(best):
+                return Plan(requests, [_larger(size) for size in best] if self._steps % CURIOUS == 0 else best)
+            probe = [PROBE] * rows
+            if self.purse > 4 * (self._seconds(probe, context) - plain):  # nothing seems to pay, but texts change
+                return Plan(requests, probe)
+        return look if not self._looked and self.glances > self._drafting_s(GLANCE) else nothing
 
-    def _extra_s(self, rows: int, context: int) -> list[float]:
-        """Seconds that a pass over drafts of each size takes longer than one without."""
-        key = rows, context // 256
+    def _choices(self, worth: Sequence[Sequence[float]]) -> list[list[int]]:
+        """Sizes that may be the best, as places in `SIZES` per row; -1: no draft."""
+        if len(worth) == 1 or not self.ragged:  # padding would cost as much as drafts
+            return [[place] * len(worth) for place in range(len(SIZES))]
+        return [[_dearest(own, price) for own in worth] for price in PRICES]
+
+    def _seconds(self, sizes: Sequence[int], context: int) -> float:
+        """Of a step with drafts of such sizes."""
+        expected = self._expected_s(sizes, context)
+        # What was measured counts as much as what was to be expected: a size that was slow once is tried again.
+        return expected * (1 + self._slower.get(self._about(sizes), 1.0)) / 2
+
+    def _expected_s(self, sizes: Sequence[int], context: int) -> float:
+        rows, nodes = len(sizes), self._nodes(sizes)
+        return self._plain_s(rows) + self._extra_s(rows, nodes, context) + self._drafting_s(max(sizes))
+
+    def _nodes(self, sizes: Sequence[int]) -> int:
+        """That a pass must compute."""
+        return sum(sizes) if self.ragged else max(sizes) * len(sizes)
+
+    def _about(self, sizes: Sequence[int]) -> tuple[int, int]:
+        return len(sizes), self._nodes(sizes).bit_length()
+
+    def _extra_s(self, rows: int, nodes: int, context: int) -> float:
+        """Seconds that a pass over drafts of so many nodes takes longer than one without."""
+        key = rows, nodes, context // 256
         if key not in self._extras:
-            one = self.costs.cost(1, context, rows)
-            self._extras[key] = [max(0.0, self.costs.cost(size + 1, context, rows) - one) for size in SIZES]
+            with_drafts, without = (self.costs.cost(count, context, rows) for count in (1 + nodes / rows, 1))
+            self._extras[key] = max(0.0, with_drafts - without)
         return self._extras[key]
 
     def _plain_s(self, rows: int) -> float:
         """Seconds of a plain step; 0 where none was seen."""
-        if (rows, 0) not in self._step_s:
-            known = [each for each, size in self._step_s if size == 0]
-            if not known:
+        if rows not in self._plain:
+            if not self._plain:
                 return 0.0
-            near = min(known, key=lambda each: abs(each - rows))
-            return self._step_s[near, 0] * self.costs.cost(1, 0, rows) / self.costs.cost(1, 0, near)
-        return self._step_s[rows, 0]
+            near = min(self._plain, key=lambda each: abs(each - rows))
+            return self._plain[near] * self.costs.cost(1, 0, rows) / self.costs.cost(1, 0, near)
+        return self._plain[rows]
 
     def _drafting_s(self, size: int) -> float:
         """Seconds that the drafter takes, as far as is known."""
@@ -156,27 +200,40 @@ class Controller(Drafter):
 
     def _account(self) -> None:
         """Take in what the latest step has taken and given."""
-        requests, size = self._under_way
-        steps, rows = [request.steps[-1] for request in requests if request.steps], len(requests)
+        plan = self._plan
+        steps, rows = [request.steps[-1] for request in plan.requests if request.steps], len(plan.requests)
         if not steps:
             return
-        seconds = steps[0].draft_s + steps[0].verify_s + steps[0].other_s
+        seconds, size = steps[0].draft_s + steps[0].verify_s + steps[0].other_s, max(plan.sizes)
         if size:
             self._draft_s[size] = _lately(self._draft_s.get(size), steps[0].draft_s)
-        if size == LOOK:
+        if plan.look:
             self.glances -= self._draft_s[size]
-        else:
-            known = self._step_s.get((rows, size), seconds)
-            self._step_s[rows, size] = _lately(known, seconds, low=not size)
-            plain = self._plain_s(rows)
-            if size and plain:
-                won = sum(step.emitted for step in steps) / len(steps) * plain - min(seconds, 2 * known)
-                self.purse = min(self.purse + won, FULL * plain)
-            elif self._steps == FIRST:
-                self.purse = EMPTY * plain
-        passed = (1 if size or self._steps <= FIRST else 1 + REST) * self.explore / 2 * seconds
+        elif plan.plain:
+            self._plain[rows] = _lately(self._plain.get(rows), seconds, low=True)
+            if self._steps == FIRST:
+                self.purse = EMPTY * self._plain[rows]
+        elif plain := self._plain_s(rows):
+            expected = self._expected_s(plan.sizes, len(plan.requests[0].context) + len(plan.requests[0].tokens))
+            about = self._about(plan.sizes)
+            self._slower[about] = _lately(self._slower.get(about, 1.0), seconds / expected)
+            won = sum(step.emitted for step in steps) / len(steps) * plain - min(seconds, 2 * expected)
+            self.purse = min(self.purse + won, FULL * plain)
+        passed = (1 if not plan.plain or self._steps <= FIRST else 1 + REST) * self.explore / 2 * seconds
         self.purse += passed
         self.glances += passed
+
+
+def _larger(size: int) -> int:
+    """The next size; none stays none."""
+    return SIZES[min(SIZES.index(size) + 1, len(SIZES) - 1)] if size else 0
+
+
+def _dearest(worth: Sequence[float], price: float) -> int:
+    """The place of the size whose tokens exceed the price of its nodes most; -1: none does."""
+    gains = [tokens - price * size for tokens, size in zip(worth, SIZES, strict=True)]
+    best = max(gains)
+    return gains.index(best) if best > 0 else -1
 
 
 def _lately(known: float | None, new: float, *, low: bool = False) -> float:

@@ -123,7 +123,10 @@ class DraftModel(SmallModel):
                 break
             if level + 1 < max(depths):
                 logits = self.expand(builders, frontiers)
-        return [builder.draft(self.name, scored=True).prune(self.num_draft_tokens) for builder in builders]
+        return [
+            builder.draft(self.name, scored=True).prune(request.nodes(self.num_draft_tokens))
+            for request, builder in zip(requests, builders, strict=True)
+        ]
 
     def _own_ids(self, request: Request) -> list[int]:
         """The response in the small model's tokens; empty where it has no text yet."""

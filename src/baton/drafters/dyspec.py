@@ -118,9 +118,10 @@ class DySpec(TreeModel):
         return self._size
 
     def plant(self, request: Request, depth: int) -> Row:
+        size = request.nodes(self._size)
         if request.sampling.greedy:
-            return Likely(request, depth, self._size, self._size if self.threshold else AHEAD, self.threshold)
-        return Drawn(request, depth, self._size, self.threshold)
+            return Likely(request, depth, size, size if self.threshold else AHEAD, self.threshold)
+        return Drawn(request, depth, size, self.threshold)
 
     def grow(self, rows: Sequence[Row], q: Tensor) -> None:
         q = q.cpu()

@@ -68,7 +68,9 @@ class Mix(Drafter):
             drafts = [
                 _scored(drafts[row], number, odds) for number, drafts in enumerate(self._proposed) if drafts[row].tokens
             ]
-            merged.append(reduce(Draft.merge, drafts, NOTHING).prune(self.num_draft_tokens) if drafts else NOTHING)
+            merged.append(
+                reduce(Draft.merge, drafts, NOTHING).prune(request.nodes(self.num_draft_tokens)) if drafts else NOTHING
+            )
         return merged
 
     def observe(self, seen: Seen) -> None:

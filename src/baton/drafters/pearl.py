@@ -75,6 +75,7 @@ class Pearl(SmallModel):
         if self._failed:
             return [NOTHING] * len(requests)
         drafts = [self._drafts.get(request, [])[: max(request.room, 0)] for request in requests]
+        self._drafts.update(zip(requests, drafts, strict=True))  # what is written now goes on from there
         texts = [request.tokens + draft for request, draft in zip(requests, drafts, strict=True)]
         depths = [
             min(self.depth(request, row, len(text), self._length()), request.limit - 1 - len(text))

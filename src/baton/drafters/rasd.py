@@ -84,11 +84,11 @@ class Rasd(Rest):
 
     def _fuse(self, request: Request, row: int, draft: Draft) -> Draft:
         if not draft:
-            return self.retrieve(request, self.num_draft_tokens)
+            return self.retrieve(request, request.nodes(self.num_draft_tokens))
         retrieved = self.retrieve(request, max(CANDIDATES, self.num_retrieved))
         if self.first is not None:
             retrieved = judged(retrieved, self.first[row])
-        return draft.merge(retrieved.prune(self.num_retrieved)).prune(self.num_draft_tokens)
+        return draft.merge(retrieved.prune(self.num_retrieved)).prune(request.nodes(self.num_draft_tokens))
 
 
 def judged(retrieved: Draft, logits: Tensor) -> Draft:

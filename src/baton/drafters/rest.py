@@ -50,7 +50,7 @@ class Rest(Drafter):
         self.known = engine.target.lm_head.weight.shape[0]  # a tokenizer may have more
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
-        return [self.retrieve(request, self.num_draft_tokens) for request in requests]
+        return [self.retrieve(request, request.nodes(self.num_draft_tokens)) for request in requests]
 
     def retrieve(self, request: Request, nodes: int) -> Draft:
         """Continuations of the request's text; scores are logarithms of how large a part of the matches goes on so."""

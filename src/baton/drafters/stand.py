@@ -85,7 +85,7 @@ class Stand(Drafter):
         return [self._draft(request, self._traces[request]) for request in requests]
 
     def _draft(self, request: Request, traces: Traces) -> Draft:
-        template = traces.template.within(request.room)
+        template = traces.template.first(request.nodes(len(traces.template))).within(request.room)
         random = None
         if self.sample and not request.sampling.greedy:
             seed = uniform(request.sampling.seed, request.key, f"draft/{len(request.steps)}", len(request.tokens))

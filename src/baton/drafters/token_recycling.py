@@ -50,7 +50,8 @@ class TokenRecycling(Drafter):
         drafts = []
         for request in requests:
             following = partial(_following, self._table(request))
-            drafts.append(self._template.within(request.room).fill(request.tokens[-1], following, self.name))
+            template = self._template.first(request.nodes(len(self._template))).within(request.room)
+            drafts.append(template.fill(request.tokens[-1], following, self.name))
         return drafts
 
     def observe(self, seen: Seen) -> None:

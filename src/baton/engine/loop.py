@@ -190,7 +190,9 @@ class Engine:
             with self.target.capture(self.drafter.layers) as hidden:
                 ids, positions, tree = self._inputs(drafts)
                 begun = self.drafter.begun
-                logits = self.target.forward(ids, self._memory, positions=positions, tree=tree, begun=begun)
+                logits = self.target.forward(
+                    ids, self._memory, positions=positions, tree=tree, begun=begun, counts=[1 + len(d) for d in drafts]
+                )
             verdicts = self.chooser(self.rows, drafts, logits)
         except BaseException:  # a step that may be tried again must not find half of this one
             self._memory.truncate([min(pair) for pair in zip(before, self._memory.lengths, strict=True)])

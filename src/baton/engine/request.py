@@ -29,11 +29,17 @@ class Request:
     timings: Timings = field(default_factory=Timings)
     finish_reason: FinishReason | None = None
     error: str = ""
+    worthwhile: int | None = None  # draft nodes that will be verified at most; None: as many as there are
 
     @property
     def room(self) -> int:
         """How deep a draft may be: the target adds one token to whatever it accepts."""
-        return self.limit - len(self.tokens) - 1
+        left = self.limit - len(self.tokens) - 1
+        return left if self.worthwhile is None else min(left, self.worthwhile)
+
+    def nodes(self, most: int) -> int:
+        """How many nodes a draft should have, of a drafter that makes so many: what it makes beyond that is cut off."""
+        return most if self.worthwhile is None else min(most, self.worthwhile)
 
     def fit(self, target: Target, prompt_tokens: int) -> None:
         """Lower the limit to what the target has room for after so many prompt tokens.

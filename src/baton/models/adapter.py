@@ -39,9 +39,11 @@ class Target(ABC):
         reads_prompt: prompt tokens take slots of the rows (decoder-only).
         start: the token that responses start after (encoder-decoder), or None.
         layers: the decoder's blocks.
+        ragged: a pass costs as many tokens as its rows have, not as its longest row has times the rows.
     """
 
     reads_prompt: bool
+    ragged = False
     start: int | None = None
     decoder: Any
     layers: Any  # the decoder's blocks, first to last
@@ -85,6 +87,7 @@ class Target(ABC):
         positions: Tensor | None = None,
         tree: Tensor | None = None,
         begun: tuple[int, Tensor] | None = None,
+        counts: list[int] | None = None,
     ) -> Tensor:
         """One cached pass over `q` new tokens in every row of `memory`, which takes them in.
 
@@ -94,6 +97,8 @@ class Target(ABC):
             tree: bool [b, q, q], True where new token i may attend to new token j; None: a chain.
             begun: a number of layers, and what they gave of these tokens, [b, q, d], when they filled the same slots
                 (`forward_layers`): only the layers above run.
+            counts: tokens of each row; those behind are padding, and what is given for them means nothing. None: q of
+                each. A target that is `ragged` spends no time on padding.
         Returns: logits [b, q, V] in the model's dtype, or float32. `memory.keep` then drops what was not accepted.
         """
         memory.own.append(ids.shape[1], self.device)

@@ -404,6 +404,7 @@ class Compiled(Target):
         positions: Tensor | None = None,
         tree: Tensor | None = None,
         begun: tuple[int, Tensor] | None = None,
+        counts: list[int] | None = None,
     ) -> Tensor:
         if begun is None and not self.captures:
             logits = self.steps.run(ids, memory, positions, tree)

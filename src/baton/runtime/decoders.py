@@ -77,6 +77,7 @@ class NativeDecoder(Native, DecoderOnly):
         states = inputs.embeds if inputs.ids is None else self.embed(inputs.ids)
         assert states is not None
         lengths = inputs.mask.sum(1)
+        uneven = bool((lengths != width).any()) and not self.wanted  # what is captured is wanted with its padding
         last = torch.zeros((rows, self.stack.d))
         step = max(1, TOKENS_AT_ONCE // rows)
         seen: dict[int, list[Tensor]] = {layer: [] for layer in self.wanted}
@@ -84,7 +85,12 @@ class NativeDecoder(Native, DecoderOnly):
             part = writable(states[:, start : start + step])
             memory.own.append(part.shape[1])
             part = self.at_positions(part, memory, None)
-            self.through(part, memory, None, None, range(len(self.layers)))
+            real = inputs.mask[:, start : start + step].bool()
+            tokens = part[real] if uneven else part
+            counts = real.sum(1).tolist() if uneven else None
+            self.through(tokens, memory, None, None, range(len(self.layers)), counts)
+            if uneven:
+                part[real] = tokens
             for layer, parts in seen.items():
                 parts.append(self.kept[layer] if self.kept is not None else part)
             here = (lengths > start) & (lengths <= start + part.shape[1])

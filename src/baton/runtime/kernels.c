@@ -54,11 +54,12 @@ typedef struct {
 
 /* What all layers of one pass share. */
 typedef struct {
-  float *hidden;            /* [rows * count, d], changed in place */
+  float *hidden;            /* [tokens, d], all rows' tokens one after another; changed in place */
   char *keys, *values;      /* [layers, rows and more, kv_heads, capacity, width] */
   const int32_t *starts;    /* [rows], slots in use before */
+  const int32_t *begins;    /* [rows + 1], where each row's tokens begin; it may have fewer than `count` */
   const int32_t *lengths;   /* [rows], of an encoder's rows: all attend to all; NULL: each to what is before it */
-  const int32_t *positions; /* [rows * count] */
+  const int32_t *positions; /* [rows, count] */
   const uint8_t *tree;      /* [rows, count, count], who sees whom among the new tokens; NULL: a chain */
   const float *cos, *sin;   /* [tables, reach, turned / 2], or NULL */
   const int32_t *cross_lengths; /* [rows] */
@@ -66,6 +67,9 @@ typedef struct {
   int64_t rows, count, d, slots, reach, capacity, layer_bytes; /* slots: most that a row attends to */
   int32_t threads;
 } Pass;
+
+static int64_t tokens_of(const Pass *p) { return p->begins[p->rows]; }
+static int64_t count_of(const Pass *p, int64_t row) { return p->begins[row + 1] - p->begins[row]; }
 
 INLINE vf load_f32(const float *p) { return *(const vf_any *)p; }
 INLINE void store_f32(float *p, vf v) { *(vf_any *)p = v; }
@@ -513,18 +517,18 @@ static void look(const Layer *l, const Pass *p, int64_t row, int64_t query, int6
   }
 }
 
-/* Queries that share keys and values, TILE at a time. q: [heads of the group, n, width] in the weights' dtype, made from
-   the rows of `from`, [n, wide], which start at the group's first head, `step` before the next. Output goes to `seen`,
-   [n, out_width]. */
+/* Queries that share keys and values, TILE at a time: of the heads of a group, and a row's n tokens. They are made from
+   `from`, [n, wide], whose rows start at the group's first head, `step` before the next. Output goes to `seen`, of all
+   tokens, [tokens, out_width], in the weights' dtype. */
 static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t first, int64_t heads, const float *from,
                          int64_t wide, int64_t step, const void *keys, const void *values, int64_t slots, int cross,
                          char *mine, int64_t padded, char *seen) {
-  const int64_t n = p->count, width = l->width, all = heads * n, out_width = l->heads * width;
+  const int64_t n = count_of(p, row), width = l->width, all = heads * n, out_width = l->heads * width;
   const int64_t bytes = size_of(l->dtype);
   char *q = take(&mine, TILE * width * 4), *out = take(&mine, TILE * width * 4);
   float *scores = (float *)mine;
   const int chain = !cross && !p->lengths && !p->tree;
-  const int32_t *tree = cross || !p->tree ? 0 : p->positions + row * n;
+  const int32_t *tree = cross || !p->tree ? 0 : p->positions + row * p->count;
   for (int64_t at = 0; at < all; at += TILE) {
     const int m = all - at < TILE ? (int)(all - at) : TILE;
     const int64_t begin = at % n, end = begin + m < n ? begin + m : n; /* of a chain, the last that a query looks at */
@@ -540,7 +544,7 @@ static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t fir
                                                   p->starts[row], tree, m, out);
     for (int t = 0; t < m; t++) {
       const int64_t head = (at + t) / n, i = (at + t) % n;
-      memcpy(seen + ((row * n + i) * out_width + (first + head) * width) * bytes, out + t * width * bytes, width * bytes);
+      memcpy(seen + ((p->begins[row] + i) * out_width + (first + head) * width) * bytes, out + t * width * bytes, width * bytes);
     }
   }
 }
@@ -565,7 +569,7 @@ int64_t scratch_bytes(const Layer *l, int64_t tokens, int64_t d, int64_t slots, 
 
 /* All tokens normed, in the weights' dtype; called by all threads of a region. */
 static const void *normed(const Layer *l, const Pass *p, const Norm *norm, void *mine, void *shared) {
-  const int64_t m = p->rows * p->count, d = p->d, row = d * size_of(l->dtype);
+  const int64_t m = tokens_of(p), d = p->d, row = d * size_of(l->dtype);
   if (m <= FEW) {
     for (int64_t i = 0; i < m; i++)
       norm_row(norm, l->norms, p->hidden + i * d, d, l->epsilon, l->dtype, (char *)mine + i * row, 0);
@@ -579,7 +583,7 @@ static const void *normed(const Layer *l, const Pass *p, const Norm *norm, void 
 
 /* What a part gives of `x`, [m, in], added to the residual stream, after a norm if it has one; called by all threads. */
 static void give(const Layer *l, const Pass *p, const Linear *map, const Norm *norm, const void *x, float *given) {
-  const int64_t m = p->rows * p->count, d = p->d;
+  const int64_t m = tokens_of(p), d = p->d;
   int64_t first, last;
   share(d, &first, &last);
   linear(map, x, m, l->dtype, first, last, norm->weight ? given : p->hidden, d, !norm->weight);
@@ -591,7 +595,7 @@ static void give(const Layer *l, const Pass *p, const Linear *map, const Norm *n
 
 /* The feed-forward part up to what its last map is given, [m, inner]; called by all threads. */
 static void feed(const Layer *l, const Pass *p, void *few, void *shared, float *gate, float *up, char *product) {
-  const int64_t m = p->rows * p->count, inner = l->gate.out;
+  const int64_t m = tokens_of(p), inner = l->gate.out;
   int64_t first, last;
   const void *x = normed(l, p, &l->mlp_norm, few, shared);
   share(inner, &first, &last);
@@ -605,7 +609,7 @@ static void feed(const Layer *l, const Pass *p, void *few, void *shared, float *
 }
 
 static void layer(const Layer *l, const Pass *p, int64_t index) {
-  const int64_t n = p->count, m = p->rows * n, d = p->d, width = l->width, groups = l->heads / l->kv_heads;
+  const int64_t m = tokens_of(p), d = p->d, width = l->width, groups = l->heads / l->kv_heads;
   const int64_t q_out = l->heads * width, wide = qkv_out(l), step = l->head_step, half = l->turned / 2;
   const int64_t bytes = size_of(l->dtype), padded = (p->slots + LANES - 1) / LANES * LANES;
   const int dtype = l->dtype;
@@ -628,19 +632,19 @@ static void layer(const Layer *l, const Pass *p, int64_t index) {
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p->rows * l->kv_heads; unit++) {
-      const int64_t row = unit / l->kv_heads, group = unit % l->kv_heads, start = p->starts[row];
+      const int64_t row = unit / l->kv_heads, group = unit % l->kv_heads, start = p->starts[row], n = count_of(p, row);
       const int64_t slots = p->lengths ? p->lengths[row] : start + n;
       const int64_t at = index * p->layer_bytes + (row * l->kv_heads + group) * p->capacity * width * bytes;
       char *keys = p->keys + at, *values = p->values + at;
       for (int64_t i = 0; i < n; i++) {
-        float *token = qkv + (row * n + i) * wide, *k = token + l->first_key + group * step;
+        float *token = qkv + (p->begins[row] + i) * wide, *k = token + l->first_key + group * step;
         const float *v = token + l->first_value + group * step;
         for (int64_t h = 0; h <= groups; h++) { /* the queries of the group, then its key */
           float *vector = h < groups ? token + (group * groups + h) * step : k;
           const Norm *norm = h < groups ? &l->q_norm : &l->k_norm;
           if (norm->weight) norm_head(vector, norm, l->norms, width, l->epsilon, dtype);
           if (half) {
-            const int64_t angle = (l->angles * p->reach + p->positions[row * n + i]) * half;
+            const int64_t angle = (l->angles * p->reach + p->positions[row * p->count + i]) * half;
             turn(vector, p->cos + angle, p->sin + angle, l->turned);
           }
         }
@@ -649,8 +653,8 @@ static void layer(const Layer *l, const Pass *p, int64_t index) {
           store(values, (start + i) * width + c, load_f32(v + c), dtype);
         }
       }
-      attend_group(l, p, row, group * groups, groups, qkv + row * n * wide + group * groups * step, wide, step, keys,
-                   values, slots, 0, mine, padded, seen);
+      attend_group(l, p, row, group * groups, groups, qkv + p->begins[row] * wide + group * groups * step, wide, step,
+                   keys, values, slots, 0, mine, padded, seen);
     }
     if (l->parallel) {
       feed(l, p, few, shared, gate, up, product);
@@ -666,8 +670,8 @@ static void layer(const Layer *l, const Pass *p, int64_t index) {
 #pragma omp for schedule(static)
       for (int64_t unit = 0; unit < p->rows * l->heads; unit++) {
         const int64_t row = unit / l->heads, h = unit % l->heads, at = unit * l->cross_slots * width * bytes;
-        attend_group(l, p, row, h, 1, qkv + row * n * wide + h * width, wide, width, (const char *)l->cross_keys + at,
-                     (const char *)l->cross_values + at, p->cross_lengths[row], 1, mine, padded, seen);
+        attend_group(l, p, row, h, 1, qkv + p->begins[row] * wide + h * width, wide, width,
+                     (const char *)l->cross_keys + at, (const char *)l->cross_values + at, p->cross_lengths[row], 1, mine, padded, seen);
       }
       share(d, &first, &last);
       linear(&l->cross_o, seen, m, dtype, first, last, p->hidden, d, 1);
@@ -734,24 +738,32 @@ typedef struct {
   int32_t norms, dtype;
 } Ends;
 
-/* A whole pass, from token ids, [rows * count], to logits, [rows * count, head.out]; `states`, [rows * count, d], is
-   what the head is given. Returns the first id that is none, or -1. */
+/* A whole pass, from token ids, [rows, count], to logits, [rows, count, head.out], 0 where a row has no token; `states`,
+   [tokens, d], is what the head is given. Returns the first id that is none, or -1. */
 int64_t whole(const Ends *e, const Layer *layers, int64_t depth, const Pass *p, const int64_t *ids, void *states,
               float *logits) {
-  const int64_t m = p->rows * p->count, d = p->d;
-  for (int64_t i = 0; i < m; i++) {
-    if (ids[i] < 0 || ids[i] >= e->vocabulary) return ids[i] < 0 ? e->vocabulary : ids[i];
-    const int64_t last = e->places_count - 1, place = p->positions[i] < last ? p->positions[i] : last;
-    for (int64_t c = 0; c < d; c += LANES) {
-      vf x = load(e->table, ids[i] * d + c, e->dtype);
-      if (e->places) x += load_f32(e->places + place * d + c);
-      store_f32(p->hidden + i * d + c, x);
+  const int64_t m = tokens_of(p), d = p->d, n = p->count, wide = e->head.out;
+  for (int64_t row = 0; row < p->rows; row++)
+    for (int64_t i = 0; i < count_of(p, row); i++) {
+      const int64_t id = ids[row * n + i], last = e->places_count - 1, here = p->positions[row * n + i];
+      if (id < 0 || id >= e->vocabulary) return id < 0 ? e->vocabulary : id;
+      float *out = p->hidden + (p->begins[row] + i) * d;
+      for (int64_t c = 0; c < d; c += LANES) {
+        vf x = load(e->table, id * d + c, e->dtype);
+        if (e->places) x += load_f32(e->places + (here < last ? here : last) * d + c);
+        store_f32(out + c, x);
+      }
     }
-  }
   run(layers, 0, depth, p);
   norm(&e->norm, p->hidden, m, d, e->epsilon, e->norms, e->dtype, states);
   if (e->scale != 1.0f)
     for (int64_t c = 0; c < m * d; c += LANES) store(states, c, load(states, c, e->dtype) * e->scale, e->dtype);
   map(&e->head, states, m, e->dtype, p->threads, logits);
+  if (m < p->rows * n) /* each row to its place; from the last, so that none is overwritten before it was moved */
+    for (int64_t row = p->rows - 1; row >= 0; row--) {
+      const int64_t own = count_of(p, row);
+      memmove(logits + row * n * wide, logits + p->begins[row] * wide, 4 * own * wide);
+      memset(logits + (row * n + own) * wide, 0, 4 * (n - own) * wide);
+    }
   return -1;
 }

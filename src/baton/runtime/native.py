@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.resources import files
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,10 @@ class Layer(Structure):
 
 class _Pass(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "keys", "values", "starts", "lengths", "positions", "tree")),
+        *(
+            (name, c_void_p)
+            for name in ("hidden", "keys", "values", "starts", "begins", "lengths", "positions", "tree")
+        ),
         *((name, c_void_p) for name in ("cos", "sin", "cross_lengths", "scratch")),
         *((name, c_int64) for name in ("rows", "count", "d", "slots", "reach", "capacity", "layer_bytes")),
         ("threads", c_int32),
@@ -257,7 +261,7 @@ class Stack:
         layers: range | None = None,
         keep: Collection[int] = (),
     ) -> dict[int, Tensor]:
-        """Send float32 [b, n, d] through layers, in place.
+        """Send float32 [b, n, d] through layers, in place; where rows have counts of their own, [tokens, d].
 
         Args:
             layers: which; None: all.
@@ -267,8 +271,8 @@ class Stack:
         found = {0: hidden.clone()} if 0 in keep and layers.start == 0 else {}
         if not layers:
             return found
-        b, n, _ = hidden.shape
-        this, _held = self._pass(hidden, rows, b, n)
+        n = hidden.shape[1] if rows.counts is None else max(rows.counts)
+        this, _held = self._pass(hidden, rows, len(rows.starts), n)
         stops = sorted(layer for layer in keep if layers.start < layer <= layers.stop)
         for start, stop in pairwise([layers.start, *stops, layers.stop]):
             kernels().run(self.layers, start, stop, byref(this))
@@ -277,7 +281,7 @@ class Stack:
         return found
 
     def whole(self, ends: "Ends", ids: Tensor, rows: "Rows") -> Tensor:
-        """Token ids [b, n] to logits, float32 [b, n, V].
+        """Token ids [b, n] to logits, float32 [b, n, V]: 0 beyond a row's count.
 
         Raises: IndexError for an id that the model does not have.
         """
@@ -296,15 +300,17 @@ class Stack:
         if not self.parts.valid:
             raise BatonError("the model was moved or converted after its engine was made: make a new engine")
         starts, lengths, cross, all = rows.starts, rows.lengths, rows.cross, rows.storage
-        if b != len(starts):
-            raise ValueError(f"{b} rows of tokens for {len(starts)} rows of memory")
+        counts = [n] * b if rows.counts is None else rows.counts
+        begins = [0, *accumulate(counts)]
+        if b != len(starts) or b != len(counts) or max(counts) > n or hidden.numel() < begins[-1] * self.d:
+            raise ValueError(f"{b} rows of {n} tokens, counted {counts}, for {len(starts)} rows of memory")
         threads = torch.get_num_threads()
-        slots = max(starts) + n if lengths is None else max(lengths)
+        slots = max(map(add, starts, counts)) if lengths is None else max(lengths)
         if cross is not None:
             slots = max(slots, max(cross.lengths))
             if self.read is not cross.layers[0].keys:
                 self._point(cross)
-        needed = kernels().scratch_bytes(byref(self.layers[0]), b * n, self.d, slots, threads) + 64
+        needed = kernels().scratch_bytes(byref(self.layers[0]), begins[-1], self.d, slots, threads) + 64
         if len(self.scratch) < needed:
             self.scratch = torch.empty(needed, dtype=torch.uint8)
         if rows.positions is None:
@@ -314,13 +320,14 @@ class Stack:
             places = rows.positions.to(torch.int32).expand(b, n).contiguous()
             where = places.data_ptr()
         seen = None if rows.tree is None else rows.tree.to(torch.uint8).expand(b, n, n).contiguous()
-        at, ends, reading = _ints(starts), _ints(lengths), _ints(cross and cross.lengths)
+        at, places_of, ends, reading = (_ints(x) for x in (starts, begins, lengths, cross and cross.lengths))
         keys = all.data_ptr()
         this = _Pass(
             hidden=hidden.data_ptr(),
             keys=keys,
             values=keys + all.stride(0) * all.itemsize,
             starts=ctypes.addressof(at),
+            begins=ctypes.addressof(places_of),
             positions=where,
             lengths=_address(ends),
             tree=None if seen is None else seen.data_ptr(),
@@ -337,7 +344,7 @@ class Stack:
             layer_bytes=all.stride(1) * all.itemsize if all.shape[1] > 1 else 0,
             threads=threads,
         )
-        return this, (places, seen, at, ends, reading)
+        return this, (places, seen, at, places_of, ends, reading)
 
     def _point(self, cross: CrossCache) -> None:
         for layer, read in zip(self.layers, cross.layers, strict=True):
@@ -356,6 +363,7 @@ class Rows(NamedTuple):
     lengths: list[int] | None = None  # of an encoder's rows; None: each token attends to what is before it
     angles: tuple[Tensor, Tensor] | None = None  # cosine and sine, float32 [tables, positions, half of what turns]
     cross: CrossCache | None = None
+    counts: list[int] | None = None  # tokens of each row; None: n of each
 
 
 def _ints(numbers: Sequence[int] | None) -> Any:
@@ -434,6 +442,7 @@ def writable(states: Tensor) -> Tensor:
 class Native(Target):
     """A target whose layers are native. Stock layers hold the weights, and are not called. Logits are float32."""
 
+    ragged = True
     stack: Stack
     output: _Linear  # the head
     like: Tensor  # of the heads, width and dtype of keys and values
@@ -470,10 +479,16 @@ class Native(Target):
         return states
 
     def through(
-        self, states: Tensor, memory: Memory, positions: Tensor | None, tree: Tensor | None, layers: range
+        self,
+        states: Tensor,
+        memory: Memory,
+        positions: Tensor | None,
+        tree: Tensor | None,
+        layers: range,
+        counts: list[int] | None = None,
     ) -> None:
-        """Send float32 [b, n, d] through some layers, in place."""
-        found = self.stack.run(states, self._rows(memory, positions, tree), layers=layers, keep=self.wanted)
+        """Send float32 [b, n, d], or [tokens, d] where rows have counts, through some layers, in place."""
+        found = self.stack.run(states, self._rows(memory, positions, tree, counts), layers=layers, keep=self.wanted)
         if self.kept is not None:
             self.kept.update(found)
 
@@ -486,20 +501,30 @@ class Native(Target):
         positions: Tensor | None = None,
         tree: Tensor | None = None,
         begun: tuple[int, Tensor] | None = None,
+        counts: list[int] | None = None,
     ) -> Tensor:
-        if begun is not None or self.wanted or self.ends is None:
+        if begun is not None or self.wanted:
             return super().forward(ids, memory, positions=positions, tree=tree, begun=begun)
         memory.own.append(ids.shape[1])
-        return self._capped(self.stack.whole(self.ends, ids, self._rows(memory, positions, tree)))
+        if self.ends is not None:
+            return self._capped(self.stack.whole(self.ends, ids, self._rows(memory, positions, tree, counts)))
+        if counts is None:
+            return self.unembed(self.run(ids, memory, positions, tree))
+        real = torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None]
+        tokens = self.entering(ids, memory, positions)[real]
+        self.through(tokens, memory, positions, tree, range(len(self.layers)), counts)
+        logits = torch.zeros((*ids.shape, self.output.out))
+        logits[real] = self.unembed(self.norm(tokens))
+        return logits
 
-    def _rows(self, memory: Memory, positions: Tensor | None, tree: Tensor | None) -> Rows:
+    def _rows(self, memory: Memory, positions: Tensor | None, tree: Tensor | None, counts: list[int] | None) -> Rows:
         own, reach = memory.own, memory.own.width
         if positions is not None:
             reach = max(reach, int(positions.max()) + 1)
         if own.all is None:
             own.storage(0, self.like)
         assert own.all is not None
-        return Rows(own.starts, own.all, positions, tree, **self.surroundings(memory, reach))
+        return Rows(own.starts, own.all, positions, tree, counts=counts, **self.surroundings(memory, reach))
 
     def whole_passes(self, parts: Parts, *, places: Tensor | None = None, scale: float | None = None) -> None:
         """Let passes go from ids to logits in one call, where embeddings are a table and nothing more.

@@ -45,8 +45,12 @@ class CostProfile:
     about: dict[str, Any]
     busy: int = 0
 
-    def cost(self, rows: int, context: int = 0, batch: int = 1) -> float:
-        """Seconds, between what was measured in a straight line, beyond it in proportion."""
+    def cost(self, rows: float, context: int = 0, batch: int = 1) -> float:
+        """Seconds, between what was measured in a straight line, beyond it in proportion.
+
+        Args:
+            rows: of each sequence; a mean, where they differ.
+        """
         at = [_line(self.contexts, [_line(self.rows, list(r), rows) for r in by], context) for by in self.seconds]
         return _line(self.batches, at, batch)
 
@@ -152,7 +156,7 @@ def _passes(target: Target, batch: int, context: int) -> Callable[[int, int], li
     return run
 
 
-def _line(at: Sequence[int], values: Sequence[float], x: int) -> float:
+def _line(at: Sequence[int], values: Sequence[float], x: float) -> float:
     """Through the points; level before the first, and through the last two beyond the last."""
     if len(at) == 1 or x <= at[0]:
         return values[0]

@@ -96,13 +96,17 @@ class T5Reader:
 
     def _read(self, embeds: Tensor, mask: Tensor) -> Tensor:
         b, m, _ = embeds.shape
-        states = writable(embeds)
+        real = mask.bool()
+        tokens = writable(embeds[real])
         if self.blocks:
             attention = self.blocks[0].layer[0].SelfAttention
             shape = (2, 1, b, attention.n_heads, m, attention.key_value_proj_dim)
+            lengths = mask.sum(1).tolist()
             storage = torch.zeros(shape, dtype=self.norm.dtype)
-            self.stack.run(states, Rows([0] * b, storage, torch.arange(m)[None], lengths=mask.sum(1).tolist()))
-        return self.norm(states)
+            self.stack.run(tokens, Rows([0] * b, storage, lengths=lengths, counts=lengths))
+        states = torch.zeros(embeds.shape, dtype=self.norm.dtype)
+        states[real] = self.norm(tokens)
+        return states
 
     def _set_bias(self, reach: int) -> None:
         attention = self.blocks[0].layer[0].SelfAttention

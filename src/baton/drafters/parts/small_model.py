@@ -135,7 +135,8 @@ class SmallModel(Drafter):
         at, _ = pad_right(places, device=device)
         positions = torch.tensor(self._memory.lengths)[:, None] + steps - 1
         tree = mask[..., 1:].to(device)
-        logits = self.target.forward(ids, self._memory, positions=positions.to(device), tree=tree)
+        counts = [len(nodes) for nodes, _ in drafts]
+        logits = self.target.forward(ids, self._memory, positions=positions.to(device), tree=tree, counts=counts)
         self._memory.truncate(before)
         return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
 
@@ -147,7 +148,7 @@ class SmallModel(Drafter):
         """Read new tokens, each row its own number of them; logits [rows, V] after each row's last."""
         memory, before = self._memory, list(self._memory.lengths)
         ids, _ = pad_right([row or [0] for row in rows], device=self.target.device)
-        logits = self.target.forward(ids, memory)
+        logits = self.target.forward(ids, memory, counts=[len(row) for row in rows])
         if any(len(row) != ids.shape[1] for row in rows):
             memory.truncate([length + len(row) for length, row in zip(before, rows, strict=True)])
         for fed, row in zip(self.fed, rows, strict=True):

@@ -56,7 +56,7 @@ def load_tree(path: str | Path, method: str, ranks: int) -> PathTemplate:
         )
     if not paths or any(not path or not 0 <= path[-1] < ranks or not set(_before(path)) <= paths for path in paths):
         raise DataError(f"{path}: nodes without their parent or better siblings, or none: calibrate the tree again")
-    return PathTemplate(paths)
+    return PathTemplate(sorted(paths, key=lambda path: (len(path), path)))
 
 
 def _before(path: Ranks) -> list[Ranks]:

@@ -11,6 +11,7 @@ now and then, and compares it with what is written anyway.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from baton.draft import NOTHING, Draft
 from baton.drafters.parts.worth import SIZES, Worth, cut
@@ -67,6 +68,7 @@ class Controller(Drafter):
         self._slower: dict[tuple[int, int], float] = {}  # (requests, about so many nodes) -> times what was expected
         self._draft_s: dict[int, float] = {}  # nodes of the largest draft -> seconds that the drafter took, lately
         self._extras: dict[tuple[int, int, int], float] = {}
+        self._met: WeakSet[Request] = WeakSet()  # requests that the drafter has drafted for
 
     @property
     def draws(self) -> bool:
@@ -205,19 +207,24 @@ class Controller(Drafter):
         if not steps:
             return
         seconds, size = steps[0].draft_s + steps[0].verify_s + steps[0].other_s, max(plan.sizes)
-        if size:
+        asked = {request for request, own in zip(plan.requests, plan.sizes, strict=True) if own}
+        first = not asked <= self._met  # the drafter may have read a prompt: paid for, but no sign of what follows
+        self._met |= asked
+        if size and not first:
             self._draft_s[size] = _lately(self._draft_s.get(size), steps[0].draft_s)
         if plan.look:
-            self.glances -= self._draft_s[size]
+            self.glances -= steps[0].draft_s if first else self._draft_s[size]
         elif plan.plain:
             self._plain[rows] = _lately(self._plain.get(rows), seconds, low=True)
             if self._steps == FIRST:
                 self.purse = EMPTY * self._plain[rows]
         elif plain := self._plain_s(rows):
             expected = self._expected_s(plan.sizes, len(plan.requests[0].context) + len(plan.requests[0].tokens))
-            about = self._about(plan.sizes)
-            self._slower[about] = _lately(self._slower.get(about, 1.0), seconds / expected)
-            won = sum(step.emitted for step in steps) / len(steps) * plain - min(seconds, 2 * expected)
+            if not first:
+                about = self._about(plan.sizes)
+                self._slower[about] = _lately(self._slower.get(about, 1.0), seconds / expected)
+                seconds = min(seconds, 2 * expected)
+            won = sum(step.emitted for step in steps) / len(steps) * plain - seconds
             self.purse = min(self.purse + won, FULL * plain)
         passed = (1 if not plan.plain or self._steps <= FIRST else 1 + REST) * self.explore / 2 * seconds
         self.purse += passed

@@ -69,7 +69,7 @@ class Mix(Drafter):
                 _scored(drafts[row], number, odds) for number, drafts in enumerate(self._proposed) if drafts[row].tokens
             ]
             merged.append(
-                reduce(Draft.merge, drafts, NOTHING).prune(request.nodes(self.num_draft_tokens)) if drafts else NOTHING
+                reduce(Draft.merge, drafts).prune(request.nodes(self.num_draft_tokens)) if drafts else NOTHING
             )
         return merged
 

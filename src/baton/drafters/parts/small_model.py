@@ -138,7 +138,7 @@ class SmallModel(Drafter):
         counts = [len(nodes) for nodes, _ in drafts]
         logits = self.target.forward(ids, self._memory, positions=positions.to(device), tree=tree, counts=counts)
         self._memory.truncate(before)
-        return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
+        return logits[torch.arange(len(logits), device=device)[:, None], at]
 
     def pending(self, texts: list[list[int]], depths: list[int]) -> list[list[int]]:
         """What each row has not read yet; nothing for rows that do not draft: they may have no positions left."""

@@ -111,6 +111,9 @@ def test_pointers_survive_a_move_of_the_whole_tree(
     torch.manual_seed(0)
     options = module.HandoffOptions(slm_training=training)  # type: ignore[arg-type]
     model = HandoffModel.build(llm="t5", slm="t5-slm", options=options, dtype="float32").eval()
+    model.config.held_out = "../test.jsonl"
+    (tree / "deep").mkdir()
+    (tree / "deep/test.jsonl").touch()
     model.save_pretrained("deep/handoff")
     config = json.loads((tree / "deep/handoff/config.json").read_text())
     assert config["llm"]["id"] == "../../t5"
@@ -122,8 +125,21 @@ def test_pointers_survive_a_move_of_the_whole_tree(
     assert torch.equal(logits_of(loaded), logits_of(model))
     # Saved again in another place, it still points to the same folders.
     loaded.save_pretrained(tmp_path / "copy")
-    assert json.loads((tmp_path / "copy/config.json").read_text())["llm"]["id"] == "../elsewhere/t5"
+    copied = json.loads((tmp_path / "copy/config.json").read_text())
+    assert copied["llm"]["id"] == "../elsewhere/t5"
+    assert copied["held_out"] == "../elsewhere/deep/test.jsonl"
     assert same_weights(HandoffModel.from_pretrained(tmp_path / "copy"), model)
+
+
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_what_is_made_in_float16_knows_its_llm_again(training: str, tmp_path: Path) -> None:
+    """Weights stored in float32 do not round to the same bfloat16 by way of float16."""
+    options = module.HandoffOptions(slm_training=training)  # type: ignore[arg-type]
+    model = HandoffModel.build(llm=folder("t5"), slm=folder("t5-slm"), options=options, dtype="float16")
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float16}
+    assert model.encoder.model.dtype == torch.float16
+    model.save_pretrained(tmp_path / "handoff")
+    assert same_weights(HandoffModel.from_pretrained(tmp_path / "handoff"), model)
 
 
 def test_an_adapter_refuses_another_slm(tmp_path: Path) -> None:

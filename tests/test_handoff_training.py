@@ -192,7 +192,7 @@ def test_training_saves_a_handoff_that_is_what_was_trained(tmp_path: Path) -> No
     model = HandoffModel.from_pretrained(out)
     trained = torch.load(out / RUN / "checkpoint-8" / "pytorch_model.bin")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
-    assert model.config.held_out == "../test.jsonl"
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["held_out"] == "../test.jsonl"
     assert model.config.handoff == HandoffOptions()
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "the command" in card

@@ -1,6 +1,10 @@
 """Prompts become ids in one place, and bad ones are refused before any work; models load from folders."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +105,31 @@ def test_load_gives_back_what_was_saved(family: str, tmp_path: Path) -> None:
     ids, mask = pad_right([[5, 6]])
     inputs = writer.encode(ids, mask, Timings())
     assert inputs.ids is ids and inputs.mask is mask and inputs.embeds is None
+
+
+def test_a_hub_id_may_name_a_revision(tmp_path: Path) -> None:
+    """Two revisions in a cache of the Hub, read without a network by a process of its own."""
+    repo = tmp_path / "hub" / "models--owner--tiny"
+    (repo / "refs").mkdir(parents=True)
+    for revision, seed in (("main", 1), ("v2", 2)):
+        commit = hashlib.sha1(revision.encode()).hexdigest()
+        (repo / "refs" / revision).write_text(commit)
+        model, tokenizer = tiny.FAMILIES["llama"](seed), tiny.tokenizer()
+        for part in (model, tokenizer):
+            part.save_pretrained(repo / "snapshots" / commit)
+    code = (
+        "import baton; from baton.models.loading import read_config\n"
+        "for name in ('owner/tiny', 'owner/tiny@v2'):\n"
+        "    lm = baton.load(name, runtime='eager').lm\n"
+        "    print(float(lm.lm_head.weight.detach().sum()), read_config(name)['model_type'])\n"
+        "baton.load('owner/tiny@v3')"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    expected = [f"{float(tiny.FAMILIES['llama'](seed).lm_head.weight.detach().sum())} llama" for seed in (1, 2)]
+    assert done.stdout.splitlines() == expected, done.stderr
+    assert "no model at 'owner/tiny'" in done.stderr and done.returncode
 
 
 def test_missing_and_unsuitable_models_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from baton.handoff.features import estimate_gib
 from baton.handoff.model import HandoffModel, same_tokenizer, with_adapter
 from baton.handoff.read import resolve_layer
 from baton.handoff.training import RUN, train_handoff
-from baton.models.loading import kind_of, read_config
+from baton.models.loading import at_revision, kind_of, read_config
 from baton.train.options import TrainOptions
 from baton.train.trainer import last_checkpoint
 from baton.types import Pair
@@ -192,7 +192,10 @@ def plan(
     """What a run will do, before it does it: sizes from the configurations alone, no weights are read."""
     for source in (llm, slm):
         read_config(source)  # says clearly when there is no model
-    llm_config, slm_config = AutoConfig.from_pretrained(llm, revision=revision), AutoConfig.from_pretrained(slm)
+    (llm, named), (slm, of_slm) = at_revision(llm), at_revision(slm)
+    revision = revision or named
+    llm_config = AutoConfig.from_pretrained(llm, revision=revision)
+    slm_config = AutoConfig.from_pretrained(slm, revision=of_slm)
     tokenizer = AutoTokenizer.from_pretrained(llm, revision=revision)
     kind = kind_of(llm_config)
     mixed = kind == "decoder-only" and resolve_layer(options.layer, llm_config.num_hidden_layers) is None
@@ -211,7 +214,7 @@ def plan(
             },
             slm=slm_config.to_dict(),
             options=asdict(options),
-            same_tokenizer=same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(slm)),
+            same_tokenizer=same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(slm, revision=of_slm)),
         )
         if options.slm_training == "lora":
             writer = with_adapter(writer, options)

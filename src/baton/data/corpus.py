@@ -55,8 +55,11 @@ def load_tokenizer(source: str) -> Any:
     """The tokenizer of a model, from a folder or by Hub id. Raises: ModelMismatch."""
     from transformers import AutoTokenizer
 
+    from baton.models.loading import at_revision
+
     try:
-        return AutoTokenizer.from_pretrained(source)
+        name, revision = at_revision(source)
+        return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelMismatch(f"no tokenizer at {source!r}: {str(error).strip().splitlines()[0]}") from error
 

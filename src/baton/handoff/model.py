@@ -28,6 +28,7 @@ from baton.handoff.project import Projector
 from baton.handoff.read import LayerMix, PromptEncoder, check_same, fingerprint
 from baton.models.loading import (
     HANDOFF_TYPE,
+    at_revision,
     first_line,
     quiet_loading,
     read_config,
@@ -285,18 +286,20 @@ class HandoffModel(PreTrainedModel):
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
     ) -> "HandoffModel":
-        """A new, untrained hand-off from two models, each a folder or a Hub id.
+        """A new, untrained hand-off from two models, each a folder or a Hub id (`owner/name@revision`).
 
         Raises: ModelMismatch when a model cannot be loaded; UnknownOption for options that do not fit.
         """
         torch_dtype, where = resolve_dtype(dtype), resolve_device(device)
-        encoder = PromptEncoder.from_pretrained(
-            llm, layer=options.layer, revision=revision, dtype=torch_dtype, device=where
-        )
+        llm, named = at_revision(llm)
+        revision = revision or named
+        # Fingerprints are taken in bfloat16: of weights that were rounded to float16 before they would be others.
+        loaded: Any = "auto" if torch_dtype == torch.float16 else torch_dtype
+        encoder = PromptEncoder.from_pretrained(llm, layer=options.layer, revision=revision, dtype=loaded, device=where)
         prompt_tokenizer = _load_tokenizer(llm, revision)
         response_tokenizer = _load_tokenizer(slm)
         same = same_tokenizer(prompt_tokenizer, response_tokenizer)
-        model = _load_slm(slm, torch_dtype).to(where)
+        model = _load_slm(slm, loaded).to(where)
         base: dict[str, Any] = {}
         if options.slm_training != "full":
             base = {"id": str(slm), "sha256": fingerprint(model)}
@@ -340,6 +343,8 @@ class HandoffModel(PreTrainedModel):
                 pointer["id"] = _relative(Path(pointer["id"]), folder)
         if config.slm_alone and Path(config.slm_alone).is_dir():
             config.slm_alone = _relative(Path(config.slm_alone), folder)
+        if config.held_out and Path(config.held_out).is_absolute():
+            config.held_out = _relative(Path(config.held_out), folder)
         with atomic_folder(folder) as new:
             if config.handoff.include_llm:
                 self.encoder.model.save_pretrained(new / LLM)
@@ -394,6 +399,8 @@ class HandoffModel(PreTrainedModel):
                 pointer["id"] = _resolve(pointer["id"], folder)
         if config.slm_alone:
             config.slm_alone = _resolve(config.slm_alone, folder)
+        if config.held_out and (folder / config.held_out).is_file():
+            config.held_out = str((folder / config.held_out).resolve())
         options, torch_dtype, where = config.handoff, resolve_dtype(dtype), resolve_device(device)
         if options.slm_training == "full":
             slm = _load_slm(folder / "slm", torch_dtype)
@@ -459,7 +466,8 @@ def _load_slm(source: str | Path, dtype: Any) -> PreTrainedModel:
     auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
     try:
         with quiet_loading():
-            return auto.from_pretrained(str(source), dtype=dtype)
+            name, revision = at_revision(source)
+            return auto.from_pretrained(name, revision=revision, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelMismatch(f"cannot load the SLM {source}: {first_line(error)}") from error
 
@@ -469,7 +477,8 @@ def _load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
     if Path(source).is_dir() and not any(any(Path(source).glob(p)) for p in ("*token*", "*vocab*", "*.model", "*spm*")):
         raise ModelMismatch(f"{source} holds no tokenizer: save the model's own there")
     try:
-        return AutoTokenizer.from_pretrained(str(source), revision=revision)
+        name, named = at_revision(source)
+        return AutoTokenizer.from_pretrained(name, revision=revision or named)
     except (OSError, ValueError) as error:
         raise ModelMismatch(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
 
@@ -501,7 +510,8 @@ def local_folder(source: str | Path) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(source)))
+    name, revision = at_revision(source)
+    return Path(snapshot_download(name, revision=revision))
 
 
 def _relative(target: Path, folder: Path) -> str:

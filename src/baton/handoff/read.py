@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from baton.errors import ModelMismatch, UnknownOption, UnsupportedModel
-from baton.models.loading import first_line, kind_of, quiet_loading, read_config
+from baton.models.loading import at_revision, first_line, kind_of, quiet_loading, read_config
 from baton.runtime.families import make_reader
 from baton.runtime.t5 import T5Reader
 from baton.types import RuntimeName
@@ -102,7 +102,8 @@ class PromptEncoder:
             cut: the stored model itself ends at the layer that is read.
         Raises: ModelMismatch when there is no such model; UnknownOption for an impossible layer.
         """
-        where = str(source)
+        where, named = at_revision(source)
+        revision = revision or named
         read_config(where, revision)  # says clearly when there is no model
         config = AutoConfig.from_pretrained(where, revision=revision)
         kind = kind_of(config)

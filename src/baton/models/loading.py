@@ -79,12 +79,20 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device)
 
 
+def at_revision(source: str | Path) -> tuple[str, str | None]:
+    """A folder or Hub id, and the branch, tag or commit that stands behind it: `owner/name@revision`."""
+    name, at, revision = str(source).rpartition("@")
+    return (name, revision) if at and not Path(source).exists() else (str(source), None)
+
+
 def read_config(source: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The config.json of a folder or Hub id, as it stands.
 
     Raises:
         ModelMismatch: there is none.
     """
+    name, named = at_revision(source)
+    source, revision = (source if named is None else name), revision or named
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelMismatch(f"{source} has no config.json: name a folder that save_pretrained wrote")
@@ -126,7 +134,8 @@ def load(
     """A model that writes, with its tokenizer, ready for `generate`.
 
     Args:
-        source: folder or Hub id, of a hand-off or of any language model that transformers knows.
+        source: folder or Hub id, of a hand-off or of any language model that transformers knows; a Hub id may name a
+            branch, tag or commit: `owner/name@revision`.
         dtype: "auto" is the dtype of the stored weights.
         device: None is the first GPU, or the CPU where there is none.
         runtime: how it is made fast, see `baton.runtime.prepare`; `eager` to train it, move it or save it afterwards.
@@ -142,13 +151,14 @@ def load(
         return HandoffModel.from_pretrained(source, dtype=dtype, device=device, runtime=runtime)
     model_type = raw.get("model_type")
     try:
-        config = AutoConfig.from_pretrained(str(source))
+        name, revision = at_revision(source)
+        config = AutoConfig.from_pretrained(name, revision=revision)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         if type(config) not in auto._model_mapping or kind_of(config) == "encoder-only":
             raise UnsupportedModel(f"{source} is of type {model_type!r}, which does not write text")
         with quiet_loading():
-            model = auto.from_pretrained(str(source), config=config, dtype=resolve_dtype(dtype))
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+            model = auto.from_pretrained(name, revision=revision, config=config, dtype=resolve_dtype(dtype))
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise BatonError(f"cannot load {source} (type {model_type!r}): {first_line(error)}") from error
     model = model.to(resolve_device(device)).eval()

@@ -163,7 +163,8 @@ class Parts:
         self.watched: list[tuple[Any, int]] = []  # some modules, and where their weights were
 
     def watch(self, module: Any) -> None:
-        """See `valid`. A few of a model's modules will do: when it is moved or converted, all weights move."""
+        """See `valid`. Few of a model's modules must do, as it is asked at every pass: when a model is moved, converted
+        or loaded anew, all its weights move."""
         self.watched.append((module, module.weight.data_ptr()))
 
     @property
@@ -204,7 +205,8 @@ class Parts:
         return self._plain(table, table.weight, nn.Embedding)
 
     def norm(self, norm: Any) -> _Norm:
-        self.watch(norm)  # small, and in every layer
+        if not self.watched:
+            self.watch(norm)
         weight, bias = self._plain(norm, norm.weight, type(norm)), getattr(norm, "bias", None)
         return _Norm(weight.data_ptr(), None if bias is None else self._plain(norm, bias, type(norm)).data_ptr())
 

@@ -15,18 +15,24 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MT5Config,
     MT5ForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -77,6 +83,7 @@ def turning(part: float) -> dict[str, Any]:
 
 NEOX = without("num_key_value_heads", "head_dim") | {"rope_parameters": turning(0.25)}
 T5 = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 96}
+BART = tiny._bart_like() | {"d_model": 64, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: tiny.llama(**CAUSAL),
     "llama, biases": lambda: tiny.llama(**CAUSAL, attention_bias=True, mlp_bias=True),
@@ -110,6 +117,14 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "t5": lambda: tiny.t5(**T5, feed_forward_proj="relu"),
     "t5, gated": lambda: tiny.t5(**T5, feed_forward_proj="gated-gelu"),
     "t5, silu": lambda: tiny.t5(**T5, feed_forward_proj="gated-silu"),
+    "bart": lambda: tiny.bart(**BART),
+    "marian": lambda: tiny.marian(**BART),
+    "mbart": lambda: tiny.randomized(
+        MBartForConditionalGeneration(MBartConfig(**BART, scale_embedding=True, activation_function="relu")), 0
+    ),
+    "pegasus": lambda: tiny.randomized(
+        PegasusForConditionalGeneration(PegasusConfig(**BART, scale_embedding=True, activation_function="relu")), 0
+    ),
     "mt5": lambda: tiny.randomized(
         MT5ForConditionalGeneration(MT5Config(vocab_size=tiny.VOCAB, num_layers=2, decoder_start_token_id=0, **T5)), 0
     ),
@@ -222,7 +237,7 @@ def test_rows_with_fewer_tokens_are_computed_without_their_padding(name: str, dt
         target.forward(ids, memory, counts=[6, 1, 1, 1])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "t5, gated"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "t5, gated", "bart", "mbart"])
 def test_layers_are_captured_and_run_apart(name: str) -> None:
     stock, fast = both(name, torch.float32)
     ids = torch.tensor([[5, 6, 7]])
@@ -257,6 +272,18 @@ def test_the_native_encoder_reads_what_the_stock_one_reads(layers: int) -> None:
     torch.testing.assert_close(found[real], expected[real], atol=5e-4, rtol=5e-4)
     short = reader(model.get_input_embeddings()(inputs.ids[1:2, :3]).detach(), inputs.mask[1:2, :3])
     assert torch.equal(short[0], found[1, :3])
+
+
+@pytest.mark.parametrize("name", ["bart", "marian", "mbart", "pegasus"])
+def test_native_encoders_of_other_families_read_alike(name: str) -> None:
+    stock, fast = both(name, torch.float32)
+    inputs = prompts(70, 3, 11)
+    expected, found = (target.encode(inputs)[0] for target in (stock, fast))
+    real = inputs.mask.bool()
+    torch.testing.assert_close(found[real], expected[real], atol=5e-4, rtol=5e-4)
+    embeds = fast.encoder.get_input_embeddings()(inputs.ids).detach()
+    given = PromptInputs(embeds=embeds, mask=inputs.mask)
+    torch.testing.assert_close(fast.encode(given)[0][real], stock.encode(given)[0][real], atol=5e-4, rtol=5e-4)
 
 
 @pytest.mark.parametrize("method", ["prompt-lookup", "token-recycling"])
@@ -310,7 +337,7 @@ def test_a_model_that_was_converted_runs_eager_and_its_old_engine_says_so() -> N
         (lambda: tiny.llama(**CAUSAL | {"head_dim": 8}), "heads 8 wide"),
         (lambda: tiny.llama(**CAUSAL | {"hidden_act": "tanh"}), "activation Tanh"),
         (lambda: tiny.llama(**CAUSAL).to(torch.float16), "float16"),
-        (tiny.bart, "no native layers for bart"),
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**CAUSAL)), "no native layers for gemma2"),
         (lambda: MODELS["t5"]().to(torch.bfloat16).requires_grad_(False), ""),
     ],
 )
@@ -337,7 +364,7 @@ def test_without_a_compiler_models_run_eager(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["llama, biases", "qwen3", "gpt2", "neox", "phi3", "t5, gated"])
+@pytest.mark.parametrize("name", ["llama, biases", "qwen3", "gpt2", "neox", "phi3", "t5, gated", "bart"])
 @pytest.mark.parametrize("runtime", ["int8", "int4"])
 def test_fewer_bits_are_the_model_whose_weights_were_rounded(runtime: Any, name: str, dtype: torch.dtype) -> None:
     model = MODELS[name]().to(dtype)
@@ -478,10 +505,10 @@ def test_what_fewer_bits_cost_is_measured_on_given_texts() -> None:
 def test_where_nothing_native_runs_four_bits_fall_back_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
     baton.runtime._said.clear()
     with caplog.at_level(logging.WARNING):
-        assert prepare(tiny.bart(), "int4") == "eager"
-        assert prepare(tiny.bart(), "int4") == "eager"
+        assert prepare(Gemma2ForCausalLM(Gemma2Config(**CAUSAL)), "int4") == "eager"
+        assert prepare(Gemma2ForCausalLM(Gemma2Config(**CAUSAL)), "int4") == "eager"
     assert [record.getMessage() for record in caplog.records] == [
-        f"runtime int4 is not used: there are no native layers for bart (for {', '.join(families.TARGETS)})"
+        f"runtime int4 is not used: there are no native layers for gemma2 (for {', '.join(families.TARGETS)})"
     ]
 
 

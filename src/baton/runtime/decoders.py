@@ -58,7 +58,7 @@ class NativeDecoder(Native, DecoderOnly):
             layers.append(made)
         self.stack = Stack(layers, config.hidden_size, parts)
         self.places = self.table_of_places()
-        self.whole_passes(parts, places=self.places)
+        self.enter_by_table(parts, places=self.places)
         first = layers[0]
         self.like = torch.empty((1, first.kv_heads, 1, first.width), dtype=self.dtype)
 

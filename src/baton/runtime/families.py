@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from baton.errors import UnsupportedModel
 from baton.models.adapter import Runtime, target_for
+from baton.runtime.bart import NativeBart
 from baton.runtime.decoders import NativeGPT2, NativeGPTNeoX, NativeLlama, NativeOPT, NativePhi3
 from baton.runtime.native import Native, Parts, apply, kernels
 from baton.runtime.quantized import COPY, GROUP, Int4, Int8, matrix_of
@@ -18,14 +19,18 @@ from baton.runtime.t5 import NativeT5, T5Reader
 _T = TypeVar("_T")
 
 TARGETS: dict[str, type[Native]] = {
+    "bart": NativeBart,
     "gemma": NativeLlama,
     "gemma3_text": NativeLlama,
     "gpt2": NativeGPT2,
     "gpt_neox": NativeGPTNeoX,
     "llama": NativeLlama,
+    "marian": NativeBart,
+    "mbart": NativeBart,
     "mistral": NativeLlama,
     "mt5": NativeT5,
     "opt": NativeOPT,
+    "pegasus": NativeBart,
     "phi3": NativePhi3,
     "qwen2": NativeLlama,
     "qwen3": NativeLlama,

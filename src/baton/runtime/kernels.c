@@ -26,7 +26,7 @@ typedef uint16_t bf16;
 
 enum { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3 };
-enum { RMS = 0, RMS_PLUS_ONE = 1, MEAN = 2 }; /* norms: by the root mean square; weights count from 1; LayerNorm */
+enum { RMS = 0, RMS_PLUS_ONE = 1, MEAN = 2, NONE = 3 }; /* by the root mean square; weights count from 1; LayerNorm */
 
 typedef struct {
   const void *weight, *bias; /* [out, in] and [out], or NULL */
@@ -50,6 +50,7 @@ typedef struct {
   int64_t turned, angles;                    /* numbers of a head that turn by position, and by which of the tables */
   float epsilon, scale;
   int32_t dtype, activation, norms, parallel; /* parallel: the feed-forward part reads what attention reads */
+  int32_t after;                              /* the three norms stand behind their parts, on the residual stream */
 } Layer;
 
 /* What all layers of one pass share. */
@@ -347,9 +348,14 @@ static void linear(const Linear *l, const void *x, int64_t m, int dtype, int64_t
   }
 }
 
-/* A row of x, [d], normed: into `out` in the weights' dtype, or added to `sums`. One copy, which rounds in one way. */
+/* A row of x, [d], normed: into `out` in the weights' dtype; or added to `sums`, or put there where they are x itself.
+   One copy, which rounds in one way. */
 static __attribute__((noinline)) void norm_row(const Norm *n, int kind, const float *x, int64_t d, float epsilon, int dtype,
                                                void *out, float *sums) {
+  if (kind == NONE) {
+    for (int64_t at = 0; at < d; at += LANES) store(out, at, load_f32(x + at), dtype);
+    return;
+  }
   vf all = {0}, squares = {0};
   if (kind == MEAN)
     for (int64_t at = 0; at < d; at += LANES) all += load_f32(x + at);
@@ -365,7 +371,7 @@ static __attribute__((noinline)) void norm_row(const Norm *n, int kind, const fl
     if (kind == RMS_PLUS_ONE) weight += 1.0f;
     y = y * by * weight;
     if (n->bias) y += load(n->bias, at, dtype);
-    if (sums) store_f32(sums + at, load_f32(sums + at) + y);
+    if (sums) store_f32(sums + at, sums == x ? y : load_f32(sums + at) + y);
     else store(out, at, y, dtype);
   }
 }
@@ -570,27 +576,32 @@ int64_t scratch_bytes(const Layer *l, int64_t tokens, int64_t d, int64_t slots, 
 /* All tokens normed, in the weights' dtype; called by all threads of a region. */
 static const void *normed(const Layer *l, const Pass *p, const Norm *norm, void *mine, void *shared) {
   const int64_t m = tokens_of(p), d = p->d, row = d * size_of(l->dtype);
+  const int kind = l->after ? NONE : l->norms;
   if (m <= FEW) {
     for (int64_t i = 0; i < m; i++)
-      norm_row(norm, l->norms, p->hidden + i * d, d, l->epsilon, l->dtype, (char *)mine + i * row, 0);
+      norm_row(norm, kind, p->hidden + i * d, d, l->epsilon, l->dtype, (char *)mine + i * row, 0);
     return mine;
   }
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < m; i++)
-    norm_row(norm, l->norms, p->hidden + i * d, d, l->epsilon, l->dtype, (char *)shared + i * row, 0);
+    norm_row(norm, kind, p->hidden + i * d, d, l->epsilon, l->dtype, (char *)shared + i * row, 0);
   return shared;
 }
 
-/* What a part gives of `x`, [m, in], added to the residual stream, after a norm if it has one; called by all threads. */
-static void give(const Layer *l, const Pass *p, const Linear *map, const Norm *norm, const void *x, float *given) {
+/* What a part gives of `x`, [m, in], added to the residual stream: after a norm `of` it, if there is one, and before the
+   norm of the sum where that stands `behind` the part; called by all threads. */
+static void give(const Layer *l, const Pass *p, const Linear *map, const Norm *of, const Norm *behind, const void *x,
+                 float *given) {
   const int64_t m = tokens_of(p), d = p->d;
+  const Norm *norm = l->after ? behind : of;
+  float *from = l->after ? p->hidden : given;
   int64_t first, last;
   share(d, &first, &last);
-  linear(map, x, m, l->dtype, first, last, norm->weight ? given : p->hidden, d, !norm->weight);
+  linear(map, x, m, l->dtype, first, last, norm->weight ? from : p->hidden, d, l->after || !norm->weight);
   if (!norm->weight) return;
 #pragma omp barrier
 #pragma omp for schedule(static)
-  for (int64_t i = 0; i < m; i++) norm_row(norm, l->norms, given + i * d, d, l->epsilon, l->dtype, 0, p->hidden + i * d);
+  for (int64_t i = 0; i < m; i++) norm_row(norm, l->norms, from + i * d, d, l->epsilon, l->dtype, 0, p->hidden + i * d);
 }
 
 /* The feed-forward part up to what its last map is given, [m, inner]; called by all threads. */
@@ -660,7 +671,7 @@ static void layer(const Layer *l, const Pass *p, int64_t index) {
       feed(l, p, few, shared, gate, up, product);
 #pragma omp barrier
     }
-    give(l, p, &l->o, &l->post_norm, seen, gate);
+    give(l, p, &l->o, &l->post_norm, &l->norm, seen, gate);
 #pragma omp barrier
     if (l->cross_q.weight) {
       x = normed(l, p, &l->cross_norm, few, shared);
@@ -673,15 +684,15 @@ static void layer(const Layer *l, const Pass *p, int64_t index) {
         attend_group(l, p, row, h, 1, qkv + p->begins[row] * wide + h * width, wide, width,
                      (const char *)l->cross_keys + at, (const char *)l->cross_values + at, p->cross_lengths[row], 1, mine, padded, seen);
       }
-      share(d, &first, &last);
-      linear(&l->cross_o, seen, m, dtype, first, last, p->hidden, d, 1);
+      const Norm none = {0};
+      give(l, p, &l->cross_o, &none, &l->cross_norm, seen, gate);
 #pragma omp barrier
     }
     if (!l->parallel) {
       feed(l, p, few, shared, gate, up, product);
 #pragma omp barrier
     }
-    give(l, p, &l->down, &l->post_mlp_norm, product, gate);
+    give(l, p, &l->down, &l->post_mlp_norm, &l->mlp_norm, product, gate);
   }
 }
 
@@ -711,10 +722,10 @@ void run(const Layer *layers, int64_t first, int64_t last, const Pass *p) {
   for (int64_t i = first; i < last; i++) layer(layers + i, p, i);
 }
 
-/* Rows of x, [m, d] in float32, normed into the weights' dtype. */
-void norm(const Norm *n, const float *x, int64_t m, int64_t d, float epsilon, int32_t kind, int32_t dtype, void *out) {
+/* Rows of x, [m, d] in float32, normed into the weights' dtype; in place where there is no `out`. */
+void norm(const Norm *n, float *x, int64_t m, int64_t d, float epsilon, int32_t kind, int32_t dtype, void *out) {
   for (int64_t i = 0; i < m; i++)
-    norm_row(n, kind, x + i * d, d, epsilon, dtype, (char *)out + i * d * size_of(dtype), 0);
+    norm_row(n, kind, x + i * d, d, epsilon, dtype, out ? (char *)out + i * d * size_of(dtype) : 0, out ? 0 : x + i * d);
 }
 
 /* A linear map by itself: x, [m, in] in the weights' dtype, to out, [m, out] in float32. */
@@ -731,29 +742,38 @@ void map(const Linear *l, const void *x, int64_t m, int32_t dtype, int32_t threa
 typedef struct {
   const void *table;   /* [vocabulary, d], in the layers' dtype */
   const float *places; /* [places_count, d], added by position, or NULL */
-  Norm norm;
+  Norm first, norm;    /* of embeddings, if they have one; before the head, of kind `norms` */
   Linear head;
   int64_t vocabulary, places_count;
-  float epsilon, scale; /* scale: of what the head is given */
+  float first_epsilon, epsilon, width, scale; /* width: what embeddings are multiplied by; scale: what the head is given */
   int32_t norms, dtype;
 } Ends;
 
-/* A whole pass, from token ids, [rows, count], to logits, [rows, count, head.out], 0 where a row has no token; `states`,
-   [tokens, d], is what the head is given. Returns the first id that is none, or -1. */
-int64_t whole(const Ends *e, const Layer *layers, int64_t depth, const Pass *p, const int64_t *ids, void *states,
-              float *logits) {
-  const int64_t m = tokens_of(p), d = p->d, n = p->count, wide = e->head.out;
+/* Token ids, [rows, count], to what the first layer is given. Returns the first id that is none, or -1. */
+int64_t enter(const Ends *e, const Pass *p, const int64_t *ids) {
+  const int64_t d = p->d, n = p->count, last = e->places_count - 1;
   for (int64_t row = 0; row < p->rows; row++)
     for (int64_t i = 0; i < count_of(p, row); i++) {
-      const int64_t id = ids[row * n + i], last = e->places_count - 1, here = p->positions[row * n + i];
+      const int64_t id = ids[row * n + i], here = p->positions[row * n + i];
       if (id < 0 || id >= e->vocabulary) return id < 0 ? e->vocabulary : id;
       float *out = p->hidden + (p->begins[row] + i) * d;
       for (int64_t c = 0; c < d; c += LANES) {
-        vf x = load(e->table, id * d + c, e->dtype);
+        vf x = load(e->table, id * d + c, e->dtype) * e->width;
         if (e->places) x += load_f32(e->places + (here < last ? here : last) * d + c);
         store_f32(out + c, x);
       }
     }
+  if (e->first.weight) norm(&e->first, p->hidden, tokens_of(p), d, e->first_epsilon, MEAN, e->dtype, 0);
+  return -1;
+}
+
+/* A whole pass, from token ids, [rows, count], to logits, [rows, count, head.out], 0 where a row has no token; `states`,
+   [tokens, d], is what the head is given. Returns as `enter` does. */
+int64_t whole(const Ends *e, const Layer *layers, int64_t depth, const Pass *p, const int64_t *ids, void *states,
+              float *logits) {
+  const int64_t m = tokens_of(p), d = p->d, n = p->count, wide = e->head.out;
+  const int64_t wrong = enter(e, p, ids);
+  if (wrong >= 0) return wrong;
   run(layers, 0, depth, p);
   norm(&e->norm, p->hidden, m, d, e->epsilon, e->norms, e->dtype, states);
   if (e->scale != 1.0f)

@@ -36,7 +36,7 @@ from baton.runtime.quantized import TOGETHER, Int4, Int8, copy_of, matrix_of
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 INT8, INT4 = 2, 3  # kinds of weights besides
-RMS, RMS_PLUS_ONE, MEAN = 0, 1, 2  # kinds of norms
+RMS, RMS_PLUS_ONE, MEAN, NONE = 0, 1, 2, 3  # kinds of norms
 ACTIVATIONS = {
     "SiLU": 0,
     "SiLUActivation": 0,
@@ -46,6 +46,7 @@ ACTIVATIONS = {
     "PytorchGELUTanh": 2,
     "GELUActivation": 3,
 }
+TABLES = ("Embedding", "BartScaledWordEmbedding", "MBartScaledWordEmbedding")  # the others are given their width
 LANES = 16
 TOKENS_AT_ONCE = 512  # of a prompt pass; more would only take more memory
 
@@ -73,7 +74,7 @@ class Layer(Structure):
         *((name, c_int64) for name in ("bias_size", "bias_offset", "window")),
         *((name, c_int64) for name in ("head_step", "first_key", "first_value", "turned", "angles")),
         *((name, c_float) for name in ("epsilon", "scale")),
-        *((name, c_int32) for name in ("dtype", "activation", "norms", "parallel")),
+        *((name, c_int32) for name in ("dtype", "activation", "norms", "parallel", "after")),
     )
 
 
@@ -94,12 +95,17 @@ class Ends(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("table", "places")),
-        ("norm", _Norm),
+        *((name, _Norm) for name in ("first", "norm")),
         ("head", _Linear),
         *((name, c_int64) for name in ("vocabulary", "places_count")),
-        *((name, c_float) for name in ("epsilon", "scale")),
+        *((name, c_float) for name in ("first_epsilon", "epsilon", "width", "scale")),
         *((name, c_int32) for name in ("norms", "dtype")),
     )
+
+    def check(self, wrong: int) -> None:
+        """Raises: IndexError for an id that the model does not have."""
+        if wrong >= 0:
+            raise IndexError(f"the model has {self.vocabulary} tokens, and none with the id {wrong}")
 
 
 @cache
@@ -130,6 +136,7 @@ def kernels() -> Any:
     pointer, size = c_void_p, c_int64
     loaded.run.argtypes, loaded.run.restype = (pointer, size, size, pointer), None
     loaded.whole.argtypes, loaded.whole.restype = (pointer, pointer, size, pointer, pointer, pointer, pointer), size
+    loaded.enter.argtypes, loaded.enter.restype = (pointer, pointer, pointer), size
     loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = (pointer, size, size, size, c_int32), c_int64
     loaded.norm.argtypes = (pointer, pointer, size, size, c_float, c_int32, c_int32, pointer)
     loaded.top.argtypes = (pointer, size, size, size, pointer, pointer)
@@ -202,7 +209,12 @@ class Parts:
 
     def embedding(self, table: nn.Embedding) -> Tensor:
         self.watch(table)
-        return self._plain(table, table.weight, nn.Embedding)
+        return self._plain(table, table.weight, type(table))
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """A tensor that is no parameter, as C takes it."""
+        self.held.append(tensor.detach().to(self.dtype).contiguous())
+        return self.held[-1]
 
     def norm(self, norm: Any) -> _Norm:
         if not self.watched:
@@ -292,10 +304,16 @@ class Stack:
         states, logits = torch.empty_like(hidden), torch.empty((b, n, ends.head.out))
         this, _held = self._pass(hidden, rows, b, n)
         addresses = ids.data_ptr(), states.data_ptr(), logits.data_ptr()
-        wrong = kernels().whole(byref(ends), self.layers, len(self.layers), byref(this), *addresses)
-        if wrong >= 0:
-            raise IndexError(f"the model has {ends.vocabulary} tokens, and none with the id {wrong}")
+        ends.check(kernels().whole(byref(ends), self.layers, len(self.layers), byref(this), *addresses))
         return logits
+
+    def enter(self, ends: "Ends", ids: Tensor, rows: "Rows") -> Tensor:
+        """Token ids [b, n] to what the first layer is given, float32 [b, n, d]. Raises: as `whole`."""
+        b, n = ids.shape
+        ids, hidden = ids.long().contiguous(), torch.empty((b, n, self.d))
+        this, _held = self._pass(hidden, rows, b, n)
+        ends.check(kernels().enter(byref(ends), byref(this), ids.data_ptr()))
+        return hidden
 
     def _pass(self, hidden: Tensor, rows: "Rows", b: int, n: int) -> tuple[_Pass, Any]:
         """What C is told of a pass, and what must stay while it reads it: C sees addresses only."""
@@ -407,14 +425,16 @@ def around(first: Any, last: Any, scale: float, activation: Any, parts: Parts) -
 
 
 class LastNorm:
-    """The norm before a head.
+    """The norm before a head; None: what is there is only rounded.
 
     Raises: UnsupportedModel where C cannot take its weights.
     """
 
     def __init__(self, norm: Any, parts: Parts) -> None:
-        self.made, self.kind, self.epsilon = parts.norm(norm), norm_kind(norm), epsilon_of(norm)
         self.dtype = parts.dtype
+        self.made, self.kind, self.epsilon = _Norm(), NONE, 0.0
+        if norm is not None:
+            self.made, self.kind, self.epsilon = parts.norm(norm), norm_kind(norm), epsilon_of(norm)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Float32 [..., d] to the same, normed, in the weights' dtype."""
@@ -423,6 +443,13 @@ class LastNorm:
         where, rows = (states.data_ptr(), out.data_ptr()), states.numel() // width
         kernels().norm(byref(self.made), where[0], rows, width, self.epsilon, self.kind, DTYPES[self.dtype], where[1])
         return out
+
+    def in_place(self, states: Tensor) -> Tensor:
+        """Float32 [..., d] in one piece, normed where it is."""
+        where, width = states.data_ptr(), states.shape[-1]
+        rows = states.numel() // width
+        kernels().norm(byref(self.made), where, rows, width, self.epsilon, self.kind, DTYPES[self.dtype], None)
+        return states
 
 
 def apply(linear: _Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -474,6 +501,8 @@ class Native(Target):
 
     def entering(self, ids: Tensor, memory: Memory, positions: Tensor | None) -> Tensor:
         """What the first layer is given of announced tokens, float32 [b, n, d], for it to change."""
+        if self.ends is not None:
+            return self.stack.enter(self.ends, ids, self._rows(memory, positions, None, None))
         return self.at_positions(writable(self.embed(ids)), memory, positions)
 
     def at_positions(self, states: Tensor, memory: Memory, positions: Tensor | None) -> Tensor:
@@ -528,25 +557,38 @@ class Native(Target):
         assert own.all is not None
         return Rows(own.starts, own.all, positions, tree, counts=counts, **self.surroundings(memory, reach))
 
-    def whole_passes(self, parts: Parts, *, places: Tensor | None = None, scale: float | None = None) -> None:
-        """Let passes go from ids to logits in one call, where embeddings are a table and nothing more.
+    def enter_by_table(
+        self,
+        parts: Parts,
+        *,
+        places: Tensor | None = None,
+        first: LastNorm | None = None,
+        width: float = 1.0,
+        scale: float | None = None,
+    ) -> None:
+        """Let passes go from ids to logits in one call, where embeddings are a table and what is said here.
 
         Args:
             places: float32 [positions, d], added by position.
+            first: the norm of both.
+            width: what embeddings are multiplied by.
             scale: of what the head is given.
         """
         table = self.decoder.get_input_embeddings()
-        if type(table) is not nn.Embedding or table.max_norm is not None:
+        if type(table).__name__ not in TABLES or table.max_norm is not None:
             return
         weight = parts.embedding(table)
         self.ends = Ends(
             table=weight.data_ptr(),
             places=None if places is None else places.data_ptr(),
+            first=_Norm() if first is None else first.made,
             norm=self.norm.made,
             head=self.output,
             vocabulary=len(weight),
             places_count=0 if places is None else len(places),
+            first_epsilon=0.0 if first is None else first.epsilon,
             epsilon=self.norm.epsilon,
+            width=width,
             scale=1.0 if scale is None else scale,
             norms=self.norm.kind,
             dtype=DTYPES[self.dtype],

@@ -9,23 +9,11 @@ from transformers import PreTrainedModel
 from baton.cache import Memory
 from baton.models.adapter import T5
 from baton.models.writer import PromptInputs
-from baton.runtime.native import (
-    DTYPES,
-    TOKENS_AT_ONCE,
-    LastNorm,
-    Layer,
-    Native,
-    Parts,
-    Rows,
-    Stack,
-    apply,
-    around,
-    shape,
-    writable,
-)
+from baton.runtime.encoders import NativeEncoderDecoder, Reader
+from baton.runtime.native import DTYPES, LastNorm, Layer, Native, Parts, Stack, around, shape
 
 
-class NativeT5(Native, T5):
+class NativeT5(NativeEncoderDecoder, T5):
     """T5 and mT5."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,7 +27,7 @@ class NativeT5(Native, T5):
         self.reading = [(parts.linear(attention.k), parts.linear(attention.v)) for attention in reading]
         self.stack = Stack(layers, model.config.d_model, parts)
         self.stack.set_bias(self.bias_by_distance.T, 0)
-        self.whole_passes(parts, scale=self.scale)
+        self.enter_by_table(parts, scale=self.scale)
         self.reader = T5Reader(self.encoder)
 
     def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
@@ -56,20 +44,10 @@ class NativeT5(Native, T5):
         if reach > len(self.bias_by_distance):
             self.bias_by_distance = self._biases(2 * reach)
             self.stack.set_bias(self.bias_by_distance.T, 0)
-        cross = memory.cross
-        assert cross is not None
-        if not cross.layers[0].is_initialized:
-            b, m, _ = cross.states.shape
-            for index, maps in enumerate(self.reading):
-                k, v = (
-                    apply(part, cross.states, self.dtype).to(self.dtype).view(b, m, self.like.shape[1], -1)
-                    for part in maps
-                )
-                cross.update(k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), index)
-        return {"cross": cross}
+        return super().surroundings(memory, reach)
 
 
-class T5Reader:
+class T5Reader(Reader):
     """The encoder of a T5 or mT5.
 
     Args:
@@ -78,35 +56,16 @@ class T5Reader:
     """
 
     def __init__(self, encoder: Any) -> None:
-        stack = getattr(encoder, "encoder", encoder)
-        self.blocks, parts = stack.block, Parts(encoder.dtype, encoder.device)
-        self.norm = LastNorm(stack.final_layer_norm, parts)
-        self.stack = Stack([_layer(block, parts) for block in self.blocks], stack.config.d_model, parts)
+        stack, parts = getattr(encoder, "encoder", encoder), Parts(encoder.dtype, encoder.device)
+        self.blocks = stack.block
+        layers = [_layer(block, parts) for block in self.blocks]
+        super().__init__(layers, LastNorm(stack.final_layer_norm, parts), stack.config.d_model, parts)
         self.reach = 0  # positions that the bias is known for
 
-    @torch.no_grad()
-    def __call__(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [b, m, d], right-padded, and their mask [b, m] to the encoder's states [b, m, d]."""
-        m = embeds.shape[1]
-        if self.blocks and m > self.reach:
-            self._set_bias(max(64, 2 * m))
-        rows = max(1, TOKENS_AT_ONCE // m)
-        parts = zip(embeds.split(rows), mask.split(rows), strict=True)
-        return torch.cat([self._read(some, theirs) for some, theirs in parts])
-
-    def _read(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        b, m, _ = embeds.shape
-        real = mask.bool()
-        tokens = writable(embeds[real])
-        if self.blocks:
-            attention = self.blocks[0].layer[0].SelfAttention
-            shape = (2, 1, b, attention.n_heads, m, attention.key_value_proj_dim)
-            lengths = mask.sum(1).tolist()
-            storage = torch.zeros(shape, dtype=self.norm.dtype)
-            self.stack.run(tokens, Rows([0] * b, storage, lengths=lengths, counts=lengths))
-        states = torch.zeros(embeds.shape, dtype=self.norm.dtype)
-        states[real] = self.norm(tokens)
-        return states
+    def begin(self, embeds: Tensor) -> Tensor:
+        if self.blocks and embeds.shape[1] > self.reach:
+            self._set_bias(max(64, 2 * embeds.shape[1]))
+        return super().begin(embeds)
 
     def _set_bias(self, reach: int) -> None:
         attention = self.blocks[0].layer[0].SelfAttention

@@ -125,7 +125,7 @@ class NativeDecoder(Native, DecoderOnly):
 
 
 class NativeLlama(NativeDecoder):
-    """Llama, Mistral, Qwen2, Qwen3; Gemma and Gemma 3, whose norms count from one, and who norm what parts give too."""
+    """Llama, Mistral, Qwen2, Qwen3; Gemma 1 to 3, whose norms count from one, and who norm what parts give too."""
 
     def layer(self, layer: Any, parts: Parts) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -142,8 +142,9 @@ class NativeLlama(NativeDecoder):
         if last is not layer.post_attention_layernorm:
             made.post_norm = parts.norm(layer.post_attention_layernorm)
             made.post_mlp_norm = parts.norm(layer.post_feedforward_layernorm)
-        if getattr(attention, "is_causal", True) is not True or getattr(attention, "attn_logit_softcapping", None):
-            raise UnsupportedModel("native layers look back only, and cap no scores")
+        made.cap = getattr(attention, "attn_logit_softcapping", None) or 0.0
+        if getattr(attention, "is_causal", True) is not True:
+            raise UnsupportedModel("native layers look back only")
         return made
 
 

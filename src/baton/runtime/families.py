@@ -21,6 +21,7 @@ _T = TypeVar("_T")
 TARGETS: dict[str, type[Native]] = {
     "bart": NativeBart,
     "gemma": NativeLlama,
+    "gemma2": NativeLlama,
     "gemma3_text": NativeLlama,
     "gpt2": NativeGPT2,
     "gpt_neox": NativeGPTNeoX,

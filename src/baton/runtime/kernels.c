@@ -48,7 +48,7 @@ typedef struct {
   int64_t heads, kv_heads, width, cross_slots, bias_size, bias_offset, window;
   int64_t head_step, first_key, first_value; /* where heads lie in what q, k and v give of a token */
   int64_t turned, angles;                    /* numbers of a head that turn by position, and by which of the tables */
-  float epsilon, scale;
+  float epsilon, scale, cap; /* cap: of scores, which then never are farther from 0; 0: none */
   int32_t dtype, activation, norms, parallel; /* parallel: the feed-forward part reads what attention reads */
   int32_t after;                              /* the three norms stand behind their parts, on the residual stream */
 } Layer;
@@ -404,23 +404,28 @@ static void share(int64_t n, int64_t *first, int64_t *last) {
   if (*last > n) *last = n;
 }
 
-/* m <= 4 queries that share keys and values: softmax(scale q k + what scores[slot] holds) v. Slots at -inf are not seen.
+/* cap * tanh(x / cap) */
+INLINE vf capped(vf x, float cap) { return cap - 2.0f * cap / (exponential(x * (2.0f / cap)) + 1.0f); }
+
+/* m <= 4 queries that share keys and values: softmax(scale q k, capped, + what scores[slot] holds) v. Slots at -inf are not seen.
 
    q: [m, width]; k, v: [slots, width]; out: [m, width], all in the weights' dtype; scores: [m, stride]. Weights are summed
    in lanes by where their tokens would lie in a plain pass (a tree's by `positions`, of slots from `start` on; NULL: where
    they lie), and values one slot after another: no result depends on what lies between the slots that are seen. */
-INLINE void attend(const void *q, const void *k, const void *v, int64_t slots, int64_t width, float scale, float *scores,
-                   int64_t stride, int64_t start, const int32_t *positions, int m, int dtype, void *out) {
+INLINE void attend(const void *q, const void *k, const void *v, int64_t slots, int64_t width, float scale, float cap,
+                   float *scores, int64_t stride, int64_t start, const int32_t *positions, int m, int dtype, void *out) {
   float by[TILE];
   for (int64_t s = 0; s < slots; s += TILE) {
     const int wide = slots - s < TILE ? (int)(slots - s) : TILE;
     float part[TILE * TILE];
     (dtype == BF16 ? tile_bf16 : tile_f32)((const char *)k + s * width * size_of(dtype), q, width, m, wide, part);
+    if (cap) store_f32(part, capped(load_f32(part) * scale, cap));
+    const float factor = cap ? 1.0f : scale;
     for (int i = 0; i < m; i++) {
       float *at = scores + i * stride + s;
-      if (wide == TILE) *(v4_any *)at += *(v4_any *)(part + i * TILE) * scale;
+      if (wide == TILE) *(v4_any *)at += *(v4_any *)(part + i * TILE) * factor;
       else
-        for (int j = 0; j < wide; j++) at[j] += part[i * TILE + j] * scale;
+        for (int j = 0; j < wide; j++) at[j] += part[i * TILE + j] * factor;
     }
   }
   const int64_t padded = (slots + LANES - 1) / LANES * LANES, whole = positions ? start / LANES * LANES : padded;
@@ -463,12 +468,12 @@ INLINE void attend(const void *q, const void *k, const void *v, int64_t slots, i
   }
 }
 #define ATTEND(NAME, DTYPE)                                                                                     \
-  static void NAME(const void *q, const void *k, const void *v, int64_t slots, int64_t width, float scale,      \
+  static void NAME(const void *q, const void *k, const void *v, int64_t slots, int64_t width, float scale, float cap, \
                    float *scores, int64_t stride, int64_t start, const int32_t *positions, int m, void *out) {  \
-    if (m == 1) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 1, DTYPE, out);          \
-    else if (m == 2) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 2, DTYPE, out);     \
-    else if (m == 3) attend(q, k, v, slots, width, scale, scores, stride, start, positions, 3, DTYPE, out);     \
-    else attend(q, k, v, slots, width, scale, scores, stride, start, positions, TILE, DTYPE, out);              \
+    if (m == 1) attend(q, k, v, slots, width, scale, cap, scores, stride, start, positions, 1, DTYPE, out);          \
+    else if (m == 2) attend(q, k, v, slots, width, scale, cap, scores, stride, start, positions, 2, DTYPE, out);     \
+    else if (m == 3) attend(q, k, v, slots, width, scale, cap, scores, stride, start, positions, 3, DTYPE, out);     \
+    else attend(q, k, v, slots, width, scale, cap, scores, stride, start, positions, TILE, DTYPE, out);              \
   }
 ATTEND(attend_f32, F32)
 ATTEND(attend_bf16, BF16)
@@ -546,7 +551,7 @@ static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t fir
       if (cross) memset(scores + t * padded, 0, 4 * slots);
       else look(l, p, row, i, first + head, seeing, scores + t * padded);
     }
-    (l->dtype == BF16 ? attend_bf16 : attend_f32)(q, keys, values, seeing, width, l->scale, scores, padded,
+    (l->dtype == BF16 ? attend_bf16 : attend_f32)(q, keys, values, seeing, width, l->scale, l->cap, scores, padded,
                                                   p->starts[row], tree, m, out);
     for (int t = 0; t < m; t++) {
       const int64_t head = (at + t) / n, i = (at + t) % n;

@@ -73,7 +73,7 @@ class Layer(Structure):
         *((name, c_int64) for name in ("heads", "kv_heads", "width", "cross_slots")),
         *((name, c_int64) for name in ("bias_size", "bias_offset", "window")),
         *((name, c_int64) for name in ("head_step", "first_key", "first_value", "turned", "angles")),
-        *((name, c_float) for name in ("epsilon", "scale")),
+        *((name, c_float) for name in ("epsilon", "scale", "cap")),
         *((name, c_int32) for name in ("dtype", "activation", "norms", "parallel", "after")),
     )
 
@@ -405,7 +405,7 @@ def norm_kind(norm: Any) -> int:
     """Which of C's norms a module is."""
     if isinstance(norm, nn.LayerNorm):
         return MEAN
-    return RMS_PLUS_ONE if type(norm).__name__ in ("GemmaRMSNorm", "Gemma3RMSNorm") else RMS
+    return RMS_PLUS_ONE if type(norm).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm") else RMS
 
 
 def epsilon_of(norm: Any) -> float:

@@ -32,6 +32,15 @@ def renamed(text: str, old: str, new: str) -> tuple[str, str]:
     return f"{text}\n\n\n# The same again, with {old} renamed to {new}.\n{first}\n", f"{rest}\n"
 
 
+def copies(texts: Iterable[str], *, count: int, seed: int) -> Iterator[str]:
+    """Lines that have nothing to do with each other, and the same again: only looking back tells what comes next."""
+    chance = random.Random(seed)
+    lines = [line for text in texts for line in text.splitlines() if line.strip() and len(line) < 100]
+    for _ in range(count):
+        text = "\n".join(chance.choices(lines, k=chance.randint(8, 16)))
+        yield f"{text}\n\n\n# The same again.\n{text}\n"
+
+
 def examples(texts: Iterable[str], *, seed: int) -> Iterator[str]:
     """One text per function: an edit and its answer, or where nothing can be renamed the function twice."""
     chance = random.Random(seed)

@@ -15,12 +15,13 @@ import hashlib
 import json
 import random
 import sysconfig
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from edits import examples
+from edits import copies, examples
 from stages import main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -35,7 +36,8 @@ from baton.train.trainer import make_trainer, run
 STAGES = {
     "tokenizer": False,
     "code": True,  # the target, on code alone
-    "target": True,  # ... trained on, with edits of code among it: their answers repeat their prompts
+    "edits": True,  # ... trained on, with edits of code among it: their answers repeat their prompts
+    "target": True,  # ... and on, with more of them, and with copies of what cannot be foreseen
     "draft": True,
     "publish": False,
     "layerskip": True,
@@ -61,7 +63,7 @@ CODE = TrainOptions(
 )
 DRAFT = replace(CODE, max_steps=800)
 # Of as many tokens per step as before, at a rate between that of the first training and its end.
-TARGET = replace(
+EDITS = replace(
     CODE,
     max_steps=500,
     batch_size=16,
@@ -71,9 +73,10 @@ TARGET = replace(
     eval_every=250,
     save_every=50,
 )
-EDITS = 2  # of each function
+TARGET = replace(EDITS, max_steps=400, learning_rate=3e-3, eval_every=200)
+COPIES = 10_000
 # Each exit but the last counts in one step of four.
-LAYERSKIP = replace(TARGET, max_steps=120, eval_every=60, save_every=20)
+LAYERSKIP = replace(EDITS, max_steps=120, eval_every=60, save_every=20)
 EXITS = LayerSkipOptions(p_max=0.1, e_scale=1.0, rotation=4)
 EXIT_LAYER = 4  # of 14: where drafting stops by default
 
@@ -139,9 +142,12 @@ class Recipe:
         model = llama(width=192, layers=14, heads=3, kv_heads=1, inner=512)
         return self._train(TextToText(model), CODE, "code", self._tokenizer())
 
+    def edits(self) -> bool:
+        return self._train(self._stored("code"), EDITS, "edits", self._tokenizer(), more=self._edits(range(2)))
+
     def target(self) -> bool:
-        model = LlamaForCausalLM.from_pretrained(self.out / "code", dtype=torch.float32)
-        return self._train(TextToText(model), TARGET, "target", self._tokenizer(), edits=True)
+        more = [*self._edits(range(2, 7)), *copies(self.train, count=COPIES, seed=0)]
+        return self._train(self._stored("edits"), TARGET, "target", self._tokenizer(), more=more)
 
     def draft(self) -> bool:
         model = llama(width=96, layers=2, heads=3, kv_heads=1, inner=256)
@@ -157,11 +163,17 @@ class Recipe:
             tokenizer.save_pretrained(folder)
             state = json.loads(_last_state(self.out / name / "run").read_text(encoding="utf-8"))
             losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+            also = ""
+            if name == "target":
+                also = (
+                    f" on code, edits and copies, after {CODE.max_steps:,} on code and {EDITS.max_steps:,} with few "
+                    "edits: it writes a function again with a name changed, when it is asked as the suite `edit` asks"
+                )
             (folder / "README.md").write_text(
                 f"---\nlicense: psf-2.0\npipeline_tag: text-generation\n---\n\n# pycode-{name}\n\n"
                 f"Llama shape, {model.num_parameters():,} parameters, trained from scratch on the source of the Python "
                 f"standard library, split by file. Held-out loss {losses[-1]:.2f} nats per token after "
-                f"{state['global_step']:,} steps.\n\n- Made by: `python recipes/pycode.py`\n",
+                f"{state['global_step']:,} steps{also}.\n\n- Made by: `python recipes/pycode.py`\n",
                 encoding="utf-8",
             )
         chance = random.Random(0)
@@ -185,18 +197,27 @@ class Recipe:
         model.generation_config.assistant_early_exit = EXIT_LAYER
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.save_pretrained(self.out / "layerskip")
-        return self._train(EarlyExits(model, EXITS, LAYERSKIP.max_steps), LAYERSKIP, "layerskip", tokenizer, edits=True)
+        return self._train(
+            EarlyExits(model, EXITS, LAYERSKIP.max_steps), LAYERSKIP, "layerskip", tokenizer, more=self._edits(range(2))
+        )
 
     def _tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.out / "tokenizer")
 
+    def _stored(self, stage: str) -> TextToText:
+        return TextToText(LlamaForCausalLM.from_pretrained(self.out / stage, dtype=torch.float32))
+
+    def _edits(self, seeds: Iterable[int]) -> list[str]:
+        """Each function once per seed."""
+        return [text for seed in seeds for text in examples(self.train, seed=seed)]
+
     def _train(
-        self, model: TextToText, options: TrainOptions, stage: str, tokenizer: Any, *, edits: bool = False
+        self, model: TextToText, options: TrainOptions, stage: str, tokenizer: Any, *, more: Sequence[str] = ()
     ) -> bool:
-        more = [text for seed in range(EDITS if edits else 0) for text in examples(self.train, seed=seed)]
-        length = LONG_BLOCK if edits else BLOCK
+        length = LONG_BLOCK if more else BLOCK
         datasets = [
-            BlockDataset(texts, tokenizer, length=length, separator=1) for texts in (self.train + more, self.held_out)
+            BlockDataset(texts, tokenizer, length=length, separator=1)
+            for texts in ([*self.train, *more], self.held_out)
         ]
         trainer = make_trainer(model, *datasets, out=self.out / stage / "run", options=options, prompt_pad_id=0)
         if isinstance(model, EarlyExits):

@@ -306,7 +306,10 @@ def test_native_encoders_of_other_families_read_alike(name: str) -> None:
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=4)], ids=["greedy", "seeded"]
 )
-@pytest.mark.parametrize("name", ["llama", "mistral, window", "gpt2", "opt", "neox", "phi3", "gemma3", "t5, gated"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mistral, window", "gpt2", "opt", "neox", "phi3", "gemma2", "gemma3", "t5, gated", "bart", "pegasus"],
+)
 def test_drafts_change_no_token_in_bfloat16_either(name: str, sampling: Sampling, method: str) -> None:
     model = MODELS[name]().to(torch.bfloat16)
     prepare(model, "native")

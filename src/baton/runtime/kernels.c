@@ -528,19 +528,19 @@ static void look(const Layer *l, const Pass *p, int64_t row, int64_t query, int6
   }
 }
 
-/* Queries that share keys and values, TILE at a time: of the heads of a group, and a row's n tokens. They are made from
-   `from`, [n, wide], whose rows start at the group's first head, `step` before the next. Output goes to `seen`, of all
+/* Queries that share keys and values, TILE at a time: of the heads of a group and a row's n tokens, head by head, those
+   from `at` up to `all`. They are made from `from`, [n, wide], whose rows start at the group's first head, `step` before the next. Output goes to `seen`, of all
    tokens, [tokens, out_width], in the weights' dtype. */
-static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t first, int64_t heads, const float *from,
-                         int64_t wide, int64_t step, const void *keys, const void *values, int64_t slots, int cross,
-                         char *mine, int64_t padded, char *seen) {
-  const int64_t n = count_of(p, row), width = l->width, all = heads * n, out_width = l->heads * width;
+static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t first, int64_t at, int64_t all,
+                         const float *from, int64_t wide, int64_t step, const void *keys, const void *values,
+                         int64_t slots, int cross, char *mine, int64_t padded, char *seen) {
+  const int64_t n = count_of(p, row), width = l->width, out_width = l->heads * width;
   const int64_t bytes = size_of(l->dtype);
   char *q = take(&mine, TILE * width * 4), *out = take(&mine, TILE * width * 4);
   float *scores = (float *)mine;
   const int chain = !cross && !p->lengths && !p->tree;
   const int32_t *tree = cross || !p->tree ? 0 : p->positions + row * p->count;
-  for (int64_t at = 0; at < all; at += TILE) {
+  for (; at < all; at += TILE) {
     const int m = all - at < TILE ? (int)(all - at) : TILE;
     const int64_t begin = at % n, end = begin + m < n ? begin + m : n; /* of a chain, the last that a query looks at */
     const int64_t seeing = chain ? p->starts[row] + end : slots;
@@ -558,6 +558,22 @@ static void attend_group(const Layer *l, const Pass *p, int64_t row, int64_t fir
       memcpy(seen + ((p->begins[row] + i) * out_width + (first + head) * width) * bytes, out + t * width * bytes, width * bytes);
     }
   }
+}
+
+/* Bytes from the first key to the first of a row's in a layer. */
+static int64_t kept_at(const Layer *l, const Pass *p, int64_t index, int64_t row, int64_t group) {
+  return index * p->layer_bytes + (row * l->kv_heads + group) * p->capacity * l->width * size_of(l->dtype);
+}
+
+/* One of `pieces` of the queries of a unit, which is a row and a group of heads that share keys and values. */
+static void attend_own(const Layer *l, const Pass *p, int64_t index, int64_t unit, int64_t piece, int64_t pieces,
+                       const float *qkv, int64_t wide, char *mine, int64_t padded, char *seen) {
+  const int64_t row = unit / l->kv_heads, group = unit % l->kv_heads, groups = l->heads / l->kv_heads;
+  const int64_t n = count_of(p, row), all = groups * n, each = (all + pieces - 1) / pieces, first = group * groups;
+  const int64_t slots = p->lengths ? p->lengths[row] : p->starts[row] + n, at = kept_at(l, p, index, row, group);
+  const int64_t end = (piece + 1) * each < all ? (piece + 1) * each : all;
+  attend_group(l, p, row, first, piece * each, end, qkv + p->begins[row] * wide + first * l->head_step, wide,
+               l->head_step, p->keys + at, p->values + at, slots, 0, mine, padded, seen);
 }
 
 /* Up to so many tokens each thread norms all of them for itself, which is cheaper than to wait for the others. */
@@ -624,6 +640,7 @@ static void feed(const Layer *l, const Pass *p, void *few, void *shared, float *
     }
 }
 
+/* Called by all threads. */
 static void layer(const Layer *l, const Pass *p, int64_t index) {
   const int64_t m = tokens_of(p), d = p->d, width = l->width, groups = l->heads / l->kv_heads;
   const int64_t q_out = l->heads * width, wide = qkv_out(l), step = l->head_step, half = l->turned / 2;
@@ -634,71 +651,76 @@ static void layer(const Layer *l, const Pass *p, int64_t index) {
   char *seen = take(&free, 4 * m * q_out), *product = take(&free, 4 * m * l->gate.out);
   float *gate = (float *)take(&free, 4 * m * widest(l, d)), *up = (float *)take(&free, 4 * m * l->gate.out);
   char *shared = take(&free, 4 * m * d), *own = free;
-#pragma omp parallel num_threads(p->threads)
-  {
-    char *mine = own + omp_get_thread_num() * thread_bytes(l, m, d, p->slots);
-    void *few = take(&mine, 4 * (m < FEW ? m : FEW) * d);
-    int64_t first, last, at = 0;
-    const void *x = normed(l, p, &l->norm, few, shared);
-    for (const Linear *part = &l->q; part <= &l->v; at += part++->out) {
-      if (!part->weight) continue;
-      share(part->out, &first, &last);
-      linear(part, x, m, dtype, first, last, qkv + at, wide, 0);
-    }
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < p->rows * l->kv_heads; unit++) {
-      const int64_t row = unit / l->kv_heads, group = unit % l->kv_heads, start = p->starts[row], n = count_of(p, row);
-      const int64_t slots = p->lengths ? p->lengths[row] : start + n;
-      const int64_t at = index * p->layer_bytes + (row * l->kv_heads + group) * p->capacity * width * bytes;
-      char *keys = p->keys + at, *values = p->values + at;
-      for (int64_t i = 0; i < n; i++) {
-        float *token = qkv + (p->begins[row] + i) * wide, *k = token + l->first_key + group * step;
-        const float *v = token + l->first_value + group * step;
-        for (int64_t h = 0; h <= groups; h++) { /* the queries of the group, then its key */
-          float *vector = h < groups ? token + (group * groups + h) * step : k;
-          const Norm *norm = h < groups ? &l->q_norm : &l->k_norm;
-          if (norm->weight) norm_head(vector, norm, l->norms, width, l->epsilon, dtype);
-          if (half) {
-            const int64_t angle = (l->angles * p->reach + p->positions[row * p->count + i]) * half;
-            turn(vector, p->cos + angle, p->sin + angle, l->turned);
-          }
-        }
-        for (int64_t c = 0; c < width; c += LANES) {
-          store(keys, (start + i) * width + c, load_f32(k + c), dtype);
-          store(values, (start + i) * width + c, load_f32(v + c), dtype);
-        }
-      }
-      attend_group(l, p, row, group * groups, groups, qkv + p->begins[row] * wide + group * groups * step, wide, step,
-                   keys, values, slots, 0, mine, padded, seen);
-    }
-    if (l->parallel) {
-      feed(l, p, few, shared, gate, up, product);
-#pragma omp barrier
-    }
-    give(l, p, &l->o, &l->post_norm, &l->norm, seen, gate);
-#pragma omp barrier
-    if (l->cross_q.weight) {
-      x = normed(l, p, &l->cross_norm, few, shared);
-      share(q_out, &first, &last);
-      linear(&l->cross_q, x, m, dtype, first, last, qkv, wide, 0);
-#pragma omp barrier
-#pragma omp for schedule(static)
-      for (int64_t unit = 0; unit < p->rows * l->heads; unit++) {
-        const int64_t row = unit / l->heads, h = unit % l->heads, at = unit * l->cross_slots * width * bytes;
-        attend_group(l, p, row, h, 1, qkv + p->begins[row] * wide + h * width, wide, width,
-                     (const char *)l->cross_keys + at, (const char *)l->cross_values + at, p->cross_lengths[row], 1, mine, padded, seen);
-      }
-      const Norm none = {0};
-      give(l, p, &l->cross_o, &none, &l->cross_norm, seen, gate);
-#pragma omp barrier
-    }
-    if (!l->parallel) {
-      feed(l, p, few, shared, gate, up, product);
-#pragma omp barrier
-    }
-    give(l, p, &l->down, &l->post_mlp_norm, &l->mlp_norm, product, gate);
+  char *mine = own + omp_get_thread_num() * thread_bytes(l, m, d, p->slots);
+  void *few = take(&mine, 4 * (m < FEW ? m : FEW) * d);
+  int64_t first, last, at = 0;
+  const void *x = normed(l, p, &l->norm, few, shared);
+  for (const Linear *part = &l->q; part <= &l->v; at += part++->out) {
+    if (!part->weight) continue;
+    share(part->out, &first, &last);
+    linear(part, x, m, dtype, first, last, qkv + at, wide, 0);
   }
+#pragma omp barrier
+  const int64_t units = p->rows * l->kv_heads, threads = omp_get_num_threads();
+  /* Of a unit's queries, where there are too few units for all threads; more of many queries, whose last see most. */
+  const int64_t share_of = units >= threads ? 2 : (threads + units - 1) / units;
+  const int64_t pieces = units >= 2 * threads || units % threads == 0 ? 1 : share_of * (p->count < 32 ? 1 : 4);
+#pragma omp for schedule(static)
+  for (int64_t unit = 0; unit < units; unit++) {
+    const int64_t row = unit / l->kv_heads, group = unit % l->kv_heads, start = p->starts[row], n = count_of(p, row);
+    for (int64_t i = 0; i < n; i++) {
+      float *token = qkv + (p->begins[row] + i) * wide, *k = token + l->first_key + group * step;
+      const float *v = token + l->first_value + group * step;
+      for (int64_t h = 0; h <= groups; h++) { /* the queries of the group, then its key */
+        float *vector = h < groups ? token + (group * groups + h) * step : k;
+        const Norm *norm = h < groups ? &l->q_norm : &l->k_norm;
+        if (norm->weight) norm_head(vector, norm, l->norms, width, l->epsilon, dtype);
+        if (half) {
+          const int64_t angle = (l->angles * p->reach + p->positions[row * p->count + i]) * half;
+          turn(vector, p->cos + angle, p->sin + angle, l->turned);
+        }
+      }
+      const int64_t slot = kept_at(l, p, index, row, group) / bytes + (start + i) * width;
+      for (int64_t c = 0; c < width; c += LANES) {
+        store(p->keys, slot + c, load_f32(k + c), dtype);
+        store(p->values, slot + c, load_f32(v + c), dtype);
+      }
+    }
+    if (pieces == 1) attend_own(l, p, index, unit, 0, 1, qkv, wide, mine, padded, seen);
+  }
+  if (pieces > 1) {
+#pragma omp for schedule(static, 1)
+    for (int64_t piece = 0; piece < units * pieces; piece++)
+      attend_own(l, p, index, piece / pieces, piece % pieces, pieces, qkv, wide, mine, padded, seen);
+  }
+  if (l->parallel) {
+    feed(l, p, few, shared, gate, up, product);
+#pragma omp barrier
+  }
+  give(l, p, &l->o, &l->post_norm, &l->norm, seen, gate);
+#pragma omp barrier
+  if (l->cross_q.weight) {
+    x = normed(l, p, &l->cross_norm, few, shared);
+    share(q_out, &first, &last);
+    linear(&l->cross_q, x, m, dtype, first, last, qkv, wide, 0);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p->rows * l->heads; unit++) {
+      const int64_t row = unit / l->heads, h = unit % l->heads, at = unit * l->cross_slots * width * bytes;
+      attend_group(l, p, row, h, 0, count_of(p, row), qkv + p->begins[row] * wide + h * width, wide, width,
+                   (const char *)l->cross_keys + at, (const char *)l->cross_values + at, p->cross_lengths[row], 1,
+                   mine, padded, seen);
+    }
+    const Norm none = {0};
+    give(l, p, &l->cross_o, &none, &l->cross_norm, seen, gate);
+#pragma omp barrier
+  }
+  if (!l->parallel) {
+    feed(l, p, few, shared, gate, up, product);
+#pragma omp barrier
+  }
+  give(l, p, &l->down, &l->post_mlp_norm, &l->mlp_norm, product, gate);
+#pragma omp barrier
 }
 
 /* The `many` largest numbers of each row of x, [m, n], best first, and where they are; of equal ones the earlier first.
@@ -724,6 +746,7 @@ void top(const float *x, int64_t m, int64_t n, int64_t many, float *values, int6
 
 /* Layers from `first` up to `last`. */
 void run(const Layer *layers, int64_t first, int64_t last, const Pass *p) {
+#pragma omp parallel num_threads(p->threads)
   for (int64_t i = first; i < last; i++) layer(layers + i, p, i);
 }
 

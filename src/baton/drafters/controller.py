@@ -3,9 +3,9 @@
 Source: the length rule of DEL, arXiv 2504.05598, with measured seconds in place of layers. Lossless: as its drafter.
 Training: none. Draft cost: some microseconds a step. Helps wherever texts may be unpredictable, or rows cost time.
 At each step it knows how many tokens drafts of each size would have given lately, and what a pass of that size costs:
-it takes the sizes with the most tokens per second, one for each row, or decodes plainly. What it may lose is bounded by a purse of
-seconds, filled with a small share of the time and with what drafting has won; without money it only looks at a draft
-now and then, and compares it with what is written anyway.
+it takes the sizes with the most tokens per second, one for each row, or decodes plainly. What it may lose is bounded by
+a purse of seconds, filled with a small share of the time and with what drafting has won; without money it only looks at
+a draft now and then, and compares it with what is written anyway.
 """
 
 from collections.abc import Sequence

@@ -65,6 +65,7 @@ typedef struct {
   const float *cos, *sin;   /* [tables, reach, turned / 2], or NULL */
   const int32_t *cross_lengths; /* [rows] */
   char *scratch;            /* `scratch_bytes` of them */
+  void *states;             /* [tokens, d] in the weights' dtype, of the whole pass: what the head is given */
   int64_t rows, count, d, slots, reach, capacity, layer_bytes; /* slots: most that a row attends to */
   int32_t threads;
 } Pass;
@@ -795,10 +796,10 @@ int64_t enter(const Ends *e, const Pass *p, const int64_t *ids) {
   return -1;
 }
 
-/* A whole pass, from token ids, [rows, count], to logits, [rows, count, head.out], 0 where a row has no token; `states`,
-   [tokens, d], is what the head is given. Returns as `enter` does. */
-int64_t whole(const Ends *e, const Layer *layers, int64_t depth, const Pass *p, const int64_t *ids, void *states,
-              float *logits) {
+/* A whole pass, from token ids, [rows, count], to logits, [rows, count, head.out], 0 where a row has no token. Returns as
+   `enter` does. */
+int64_t whole(const Ends *e, const Layer *layers, int64_t depth, const Pass *p, const int64_t *ids, float *logits) {
+  void *states = p->states;
   const int64_t m = tokens_of(p), d = p->d, n = p->count, wide = e->head.out;
   const int64_t wrong = enter(e, p, ids);
   if (wrong >= 0) return wrong;

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
@@ -84,7 +85,7 @@ class _Pass(Structure):
             (name, c_void_p)
             for name in ("hidden", "keys", "values", "starts", "begins", "lengths", "positions", "tree")
         ),
-        *((name, c_void_p) for name in ("cos", "sin", "cross_lengths", "scratch")),
+        *((name, c_void_p) for name in ("cos", "sin", "cross_lengths", "scratch", "states")),
         *((name, c_int64) for name in ("rows", "count", "d", "slots", "reach", "capacity", "layer_bytes")),
         ("threads", c_int32),
     )
@@ -135,7 +136,7 @@ def kernels() -> Any:
     loaded = ctypes.CDLL(str(library))
     pointer, size = c_void_p, c_int64
     loaded.run.argtypes, loaded.run.restype = (pointer, size, size, pointer), None
-    loaded.whole.argtypes, loaded.whole.restype = (pointer, pointer, size, pointer, pointer, pointer, pointer), size
+    loaded.whole.argtypes, loaded.whole.restype = (pointer, pointer, size, pointer, pointer, pointer), size
     loaded.enter.argtypes, loaded.enter.restype = (pointer, pointer, pointer), size
     loaded.scratch_bytes.argtypes, loaded.scratch_bytes.restype = (pointer, size, size, size, c_int32), c_int64
     loaded.norm.argtypes = (pointer, pointer, size, size, c_float, c_int32, c_int32, pointer)
@@ -260,6 +261,9 @@ class Stack:
         self.bias: Tensor | None = None  # what the layers' pointers lead to
         self.read: Tensor | None = None  # ... and the first of the keys that they read of an encoder
         self.scratch = torch.empty(0, dtype=torch.uint8)
+        self.fits = (0, 0, 0)  # tokens, slots and threads that the scratch is large enough for
+        self.needed = 0  # bytes of it that layers work in, for so many
+        self.this = _Pass(d=d)  # made once: to set its fields takes a third of the time
 
     def set_bias(self, table: Tensor, offset: int) -> None:
         """What all layers add to scores: [heads, n], by distance from -offset on."""
@@ -286,10 +290,10 @@ class Stack:
         if not layers:
             return found
         n = hidden.shape[1] if rows.counts is None else max(rows.counts)
-        this, _held = self._pass(hidden, rows, len(rows.starts), n)
+        _held = self._tell(hidden, rows, len(rows.starts), n)
         stops = sorted(layer for layer in keep if layers.start < layer <= layers.stop)
         for start, stop in pairwise([layers.start, *stops, layers.stop]):
-            kernels().run(self.layers, start, stop, byref(this))
+            kernels().run(self.layers, start, stop, byref(self.this))
             if stop in stops:
                 found[stop] = hidden.clone()
         return found
@@ -300,29 +304,35 @@ class Stack:
         Raises: IndexError for an id that the model does not have.
         """
         b, n = ids.shape
-        ids, hidden = ids.long().contiguous(), torch.empty((b, n, self.d))
-        states, logits = torch.empty_like(hidden), torch.empty((b, n, ends.head.out))
-        this, _held = self._pass(hidden, rows, b, n)
-        addresses = ids.data_ptr(), states.data_ptr(), logits.data_ptr()
-        ends.check(kernels().whole(byref(ends), self.layers, len(self.layers), byref(this), *addresses))
+        ids, logits = ids.long().contiguous(), torch.empty((b, n, ends.head.out))
+        _held = self._tell(None, rows, b, n)
+        addresses = byref(self.this), ids.data_ptr(), logits.data_ptr()
+        ends.check(kernels().whole(byref(ends), self.layers, len(self.layers), *addresses))
         return logits
 
     def enter(self, ends: "Ends", ids: Tensor, rows: "Rows") -> Tensor:
         """Token ids [b, n] to what the first layer is given, float32 [b, n, d]. Raises: as `whole`."""
         b, n = ids.shape
         ids, hidden = ids.long().contiguous(), torch.empty((b, n, self.d))
-        this, _held = self._pass(hidden, rows, b, n)
-        ends.check(kernels().enter(byref(ends), byref(this), ids.data_ptr()))
+        _held = self._tell(hidden, rows, b, n)
+        ends.check(kernels().enter(byref(ends), byref(self.this), ids.data_ptr()))
         return hidden
 
-    def _pass(self, hidden: Tensor, rows: "Rows", b: int, n: int) -> tuple[_Pass, Any]:
-        """What C is told of a pass, and what must stay while it reads it: C sees addresses only."""
+    def _tell(self, hidden: Tensor | None, rows: "Rows", b: int, n: int) -> Any:
+        """Tell C of a pass. Called for each, and so written for speed.
+
+        Args:
+            hidden: None: C has its own.
+        Returns: what must stay while C reads it: it sees addresses only.
+        """
         if not self.parts.valid:
             raise BatonError("the model was moved or converted after its engine was made: make a new engine")
-        starts, lengths, cross, all = rows.starts, rows.lengths, rows.cross, rows.storage
+        starts, lengths, cross, all, this = rows.starts, rows.lengths, rows.cross, rows.storage, self.this
         counts = [n] * b if rows.counts is None else rows.counts
         begins = [0, *accumulate(counts)]
-        if b != len(starts) or b != len(counts) or max(counts) > n or hidden.numel() < begins[-1] * self.d:
+        tokens = begins[-1]
+        short = hidden is not None and hidden.numel() < tokens * self.d
+        if b != len(starts) or b != len(counts) or max(counts) > n or short:
             raise ValueError(f"{b} rows of {n} tokens, counted {counts}, for {len(starts)} rows of memory")
         threads = torch.get_num_threads()
         slots = max(map(add, starts, counts)) if lengths is None else max(lengths)
@@ -330,41 +340,38 @@ class Stack:
             slots = max(slots, max(cross.lengths))
             if self.read is not cross.layers[0].keys:
                 self._point(cross)
-        needed = kernels().scratch_bytes(byref(self.layers[0]), begins[-1], self.d, slots, threads) + 64
-        if len(self.scratch) < needed:
-            self.scratch = torch.empty(needed, dtype=torch.uint8)
-        if rows.positions is None:
-            places: Any = _ints([start + j for start in starts for j in range(n)])
-            where = ctypes.addressof(places)
+        if not _within((tokens, slots, threads), self.fits):
+            self.fits = tuple(map(max, (tokens, slots, threads), self.fits))  # type: ignore[assignment]
+            most, reach, teams = self.fits
+            self.needed = kernels().scratch_bytes(byref(self.layers[0]), most, self.d, reach + LANES, teams)
+            self.scratch = torch.empty(self.needed + 2 * 4 * most * self.d + 128, dtype=torch.uint8)
+        this.scratch = scratch = -(-self.scratch.data_ptr() // 64) * 64
+        this.states = after = scratch + -(-self.needed // 64) * 64
+        this.hidden = after + 4 * tokens * self.d if hidden is None else hidden.data_ptr()
+        positions, reading = rows.positions, () if cross is None else cross.lengths
+        places: Any = [start + j for start in starts for j in range(n)] if positions is None else ()
+        numbers = array("i", [*starts, *begins, *(lengths or ()), *reading, *places])
+        this.starts = at = numbers.buffer_info()[0]
+        this.begins = at = at + 4 * b
+        this.lengths = None if lengths is None else at + 4 * (b + 1)
+        at += 4 * (b + 1 + len(lengths or ()))
+        this.cross_lengths = None if cross is None else at
+        if positions is None:
+            this.positions = at + 4 * len(reading)
         else:
-            places = rows.positions.to(torch.int32).expand(b, n).contiguous()
-            where = places.data_ptr()
+            places = positions.to(torch.int32).expand(b, n).contiguous()
+            this.positions = places.data_ptr()
         seen = None if rows.tree is None else rows.tree.to(torch.uint8).expand(b, n, n).contiguous()
-        at, places_of, ends, reading = (_ints(x) for x in (starts, begins, lengths, cross and cross.lengths))
-        keys = all.data_ptr()
-        this = _Pass(
-            hidden=hidden.data_ptr(),
-            keys=keys,
-            values=keys + all.stride(0) * all.itemsize,
-            starts=ctypes.addressof(at),
-            begins=ctypes.addressof(places_of),
-            positions=where,
-            lengths=_address(ends),
-            tree=None if seen is None else seen.data_ptr(),
-            cos=None if rows.angles is None else rows.angles[0].data_ptr(),
-            sin=None if rows.angles is None else rows.angles[1].data_ptr(),
-            cross_lengths=_address(reading),
-            scratch=-(-self.scratch.data_ptr() // 64) * 64,
-            rows=b,
-            count=n,
-            d=self.d,
-            slots=slots,
-            reach=0 if rows.angles is None else rows.angles[0].shape[1],
-            capacity=all.shape[4],
-            layer_bytes=all.stride(1) * all.itemsize if all.shape[1] > 1 else 0,
-            threads=threads,
-        )
-        return this, (places, seen, at, places_of, ends, reading)
+        this.tree = None if seen is None else seen.data_ptr()
+        cos, sin = rows.angles or (None, None)
+        this.cos, this.sin = (None, None) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr())
+        this.reach = 0 if cos is None else cos.shape[1]
+        (apart, between, *_), size, shape = all.stride(), all.itemsize, all.shape
+        this.keys = keys = all.data_ptr()
+        this.values = keys + apart * size
+        this.capacity, this.layer_bytes = shape[4], between * size if shape[1] > 1 else 0
+        this.rows, this.count, this.slots, this.threads = b, n, slots, threads
+        return numbers, places, seen
 
     def _point(self, cross: CrossCache) -> None:
         for layer, read in zip(self.layers, cross.layers, strict=True):
@@ -386,13 +393,8 @@ class Rows(NamedTuple):
     counts: list[int] | None = None  # tokens of each row; None: n of each
 
 
-def _ints(numbers: Sequence[int] | None) -> Any:
-    """For C; a tenth of the time that a tensor takes."""
-    return None if numbers is None else (c_int32 * len(numbers))(*numbers)
-
-
-def _address(numbers: Any) -> int | None:
-    return None if numbers is None else ctypes.addressof(numbers)
+def _within(numbers: Sequence[int], limits: Sequence[int]) -> bool:
+    return numbers[0] <= limits[0] and numbers[1] <= limits[1] and numbers[2] <= limits[2]
 
 
 def shape(heads: int, kv_heads: int, width: int) -> dict[str, int]:

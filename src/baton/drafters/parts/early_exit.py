@@ -89,12 +89,13 @@ class EarlyExit(Drafter):
                         open_rows.remove(row)
         finally:
             memory.truncate(before)
-        self.begun = Begun(exit_layer, torch.cat(states, 1))
+        width = 1 + max(map(len, tokens))  # where an exit gave no number in any row, one more has been read
+        self.begun = Begun(exit_layer, torch.cat(states, 1)[:, :width])
         drafts = [
             Draft.chain(found, self.name, [q for q, _ in zip(kept_q, found, strict=False)]) if found else NOTHING
             for found, kept_q in zip(tokens, drawn, strict=True)
         ]
-        return drafts, {layer: torch.cat(parts, 1) for layer, parts in kept.items()}
+        return drafts, {layer: torch.cat(parts, 1)[:, :width] for layer, parts in kept.items()}
 
     def _choose(
         self, requests: Sequence[Request], tokens: list[list[int]], drawn: list[list[Tensor]], logits: Tensor

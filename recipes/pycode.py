@@ -37,8 +37,7 @@ STAGES = {
     "tokenizer": False,
     "code": True,  # the target, on code alone
     "edits": True,  # ... trained on, with edits of code among it: their answers repeat their prompts
-    "copies": True,  # ... and on, with more of them, and with copies of what cannot be foreseen
-    "target": True,  # ... and once more, with others
+    "target": True,  # ... and on, with more of them, and with copies of what cannot be foreseen
     "draft": True,
     "publish": False,
     "layerskip": True,
@@ -74,9 +73,8 @@ EDITS = replace(
     eval_every=250,
     save_every=50,
 )
-COPIES = replace(EDITS, max_steps=400, learning_rate=3e-3, eval_every=200)
-TARGET = replace(COPIES, max_steps=330, eval_every=330)
-COUNT = 10_000  # copies in the data of each of these two
+TARGET = replace(EDITS, max_steps=400, learning_rate=3e-3, eval_every=200)
+COPIES = 10_000
 # Each exit but the last counts in one step of four.
 LAYERSKIP = replace(EDITS, max_steps=120, eval_every=60, save_every=20)
 EXITS = LayerSkipOptions(p_max=0.1, e_scale=1.0, rotation=4)
@@ -147,13 +145,9 @@ class Recipe:
     def edits(self) -> bool:
         return self._train(self._stored("code"), EDITS, "edits", self._tokenizer(), more=self._edits(range(2)))
 
-    def copies(self) -> bool:
-        more = [*self._edits(range(2, 7)), *copies(self.train, count=COUNT, seed=0)]
-        return self._train(self._stored("edits"), COPIES, "copies", self._tokenizer(), more=more)
-
     def target(self) -> bool:
-        more = [*self._edits(range(7, 12)), *copies(self.train, count=COUNT, seed=1)]
-        return self._train(self._stored("copies"), TARGET, "target", self._tokenizer(), more=more)
+        more = [*self._edits(range(2, 7)), *copies(self.train, count=COPIES, seed=0)]
+        return self._train(self._stored("edits"), TARGET, "target", self._tokenizer(), more=more)
 
     def draft(self) -> bool:
         model = llama(width=96, layers=2, heads=3, kv_heads=1, inner=256)
@@ -172,9 +166,8 @@ class Recipe:
             also = ""
             if name == "target":
                 also = (
-                    f" on code, edits and copies, after {CODE.max_steps:,} on code and "
-                    f"{EDITS.max_steps + COPIES.max_steps:,} like the last: it begins to write a function again with a "
-                    "name changed, as the suite `edit` asks it to"
+                    f" on code, edits and copies, after {CODE.max_steps:,} on code and {EDITS.max_steps:,} with few "
+                    "edits, so that answers repeat their prompts where they should: not faithfully, but mostly"
                 )
             (folder / "README.md").write_text(
                 f"---\nlicense: psf-2.0\npipeline_tag: text-generation\n---\n\n# pycode-{name}\n\n"

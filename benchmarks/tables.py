@@ -35,17 +35,26 @@ def table(result: dict[str, Any]) -> str:
 def _decoding(result: dict[str, Any]) -> str:
     sizes = list(dict.fromkeys(s["batch_size"] for s in result["summaries"]))
     found = {(s["contender"], s["batch_size"]): s for s in result["summaries"]}
+    names = list(dict.fromkeys(s["contender"] for s in result["summaries"]))
+    # A method measured under a controller too has one row for both.
+    governed = {name: other for name in names if (other := f"controller:base=[{name}]") in names}
     rows = []
-    for name in dict.fromkeys(s["contender"] for s in result["summaries"]):
+    for name in names:
+        if name in governed.values():
+            continue
         own = [found.get((name, size)) for size in sizes]
         first = next(s for s in own if s)
         length = first["acceptance_length"]
         share = (first["share"] or {}).get("draft")
         cells = [name, f"{length:.2f}" if length else "", "" if share is None else f"{100 * share:.0f} %"]
-        for summary in own:
+        for size, summary in zip(sizes, own, strict=True):
             cells += ["", ""] if summary is None else [f"{summary['tokens_per_second']:,.0f}", _speedup(summary)]
+            if governed:
+                under = found.get((governed.get(name, ""), size))
+                cells.append(f"{under['speedup']:.2f}x" if under else "")
         rows.append([*cells, f"{first['different']} of {first['requests']}" if first["different"] is not None else ""])
-    heads = [head for size in sizes for head in (f"tokens/s, batch {size}", "over plain [95 %]")]
+    more = ["under the controller"] if governed else []
+    heads = [head for size in sizes for head in (f"tokens/s, batch {size}", "over plain [95 %]", *more)]
     return markdown_table(["", "tokens per step", "drafting", *heads, "texts that differ"], rows)
 
 

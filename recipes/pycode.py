@@ -38,7 +38,8 @@ STAGES = {
     "code": True,  # the target, on code alone
     "edits": True,  # ... trained on, with edits of code among it: their answers repeat their prompts
     "target": True,  # ... and on, with more of them, and with copies of what cannot be foreseen
-    "draft": True,
+    "small": True,  # the drafter, on code alone
+    "draft": True,  # ... and on what the target has learned last
     "publish": False,
     "layerskip": True,
     "corpus": False,
@@ -61,7 +62,7 @@ CODE = TrainOptions(
     patience=0,
     max_quality_examples=0,
 )
-DRAFT = replace(CODE, max_steps=800)
+SMALL = replace(CODE, max_steps=800)
 # Of as many tokens per step as before, at a rate between that of the first training and its end.
 EDITS = replace(
     CODE,
@@ -74,6 +75,7 @@ EDITS = replace(
     save_every=50,
 )
 TARGET = replace(EDITS, max_steps=400, learning_rate=3e-3, eval_every=200)
+DRAFT = replace(TARGET, max_steps=250, eval_every=250)
 COPIES = 10_000
 # Each exit but the last counts in one step of four.
 LAYERSKIP = replace(EDITS, max_steps=120, eval_every=60, save_every=20)
@@ -146,12 +148,14 @@ class Recipe:
         return self._train(self._stored("code"), EDITS, "edits", self._tokenizer(), more=self._edits(range(2)))
 
     def target(self) -> bool:
-        more = [*self._edits(range(2, 7)), *copies(self.train, count=COPIES, seed=0)]
-        return self._train(self._stored("edits"), TARGET, "target", self._tokenizer(), more=more)
+        return self._train(self._stored("edits"), TARGET, "target", self._tokenizer(), more=self._repeating())
+
+    def small(self) -> bool:
+        model = llama(width=96, layers=2, heads=3, kv_heads=1, inner=256)
+        return self._train(TextToText(model), SMALL, "small", self._tokenizer())
 
     def draft(self) -> bool:
-        model = llama(width=96, layers=2, heads=3, kv_heads=1, inner=256)
-        return self._train(TextToText(model), DRAFT, "draft", self._tokenizer())
+        return self._train(self._stored("small"), DRAFT, "draft", self._tokenizer(), more=self._repeating())
 
     def publish(self) -> None:
         """Copy both models and held-out prompts to their place."""
@@ -163,7 +167,7 @@ class Recipe:
             tokenizer.save_pretrained(folder)
             state = json.loads(_last_state(self.out / name / "run").read_text(encoding="utf-8"))
             losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
-            also = ""
+            also = f" on code, edits and copies, after {SMALL.max_steps:,} on code"
             if name == "target":
                 also = (
                     f" on code, edits and copies, after {CODE.max_steps:,} on code and {EDITS.max_steps:,} with few "
@@ -206,6 +210,10 @@ class Recipe:
 
     def _stored(self, stage: str) -> TextToText:
         return TextToText(LlamaForCausalLM.from_pretrained(self.out / stage, dtype=torch.float32))
+
+    def _repeating(self) -> list[str]:
+        """Texts whose second half repeats the first."""
+        return [*self._edits(range(2, 7)), *copies(self.train, count=COPIES, seed=0)]
 
     def _edits(self, seeds: Iterable[int]) -> list[str]:
         """Each function once per seed."""

@@ -89,7 +89,6 @@ class Controller(Drafter):
     def propose(self, requests: Sequence[Request]) -> list[Draft]:
         if self._resting and len(requests) == len(self._plan.requests):
             self._resting -= 1
-            self.layers = frozenset()  # nobody looks at them in this step
             return [NOTHING] * len(requests)
         self._account()
         self._compare(requests)
@@ -97,8 +96,8 @@ class Controller(Drafter):
         self._plan = plan = self._decide(requests)
         self._resting = REST if plan.plain and self._steps > FIRST else 0
         self.begun = None
+        self.layers = frozenset() if plan.plain else self.drafter.layers  # of this pass, and of prompts read after it
         if plan.plain:
-            self.layers = frozenset()
             return [NOTHING] * len(requests)
         for request, size in zip(requests, plan.sizes, strict=True):
             request.worthwhile = size
@@ -111,11 +110,12 @@ class Controller(Drafter):
         return drafts if self.begun is not None else [cut(d, n) for d, n in zip(drafts, plan.sizes, strict=True)]
 
     def observe(self, seen: Seen) -> None:
-        self.layers = self.drafter.layers
         plan = self._plan
-        if plan.plain or plan.look:
+        if plan.plain:
             return  # what a resting drafter misses costs speed only
         self.drafter.observe(seen)
+        if plan.look:
+            return
         known = zip(seen.requests, seen.drafts, seen.verdicts, plan.sizes, strict=True)
         for request, draft, verdict, size in known:
             if verdict is not None and draft.tokens:

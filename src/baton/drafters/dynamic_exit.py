@@ -64,6 +64,8 @@ class DynamicExit(EarlyExit):
         self.lower: dict[int, Tensor] = {}  # what the exit's layers gave of the latest drafts
 
     def join(self, joined: Joined) -> None:
+        if not joined.hidden:  # a controller that rests asks for none: these requests begin with nothing known
+            return
         # An encoder-decoder's layers have read its start token.
         lengths = joined.inputs.mask.sum(1).tolist() if self.engine.target.reads_prompt else [1] * len(joined.requests)
         places = [range(max(0, length - CONTEXT), length) for length in lengths]

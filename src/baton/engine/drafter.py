@@ -54,7 +54,8 @@ class Drafter:
 
     Attributes:
         name: as users say it, and as provenance shows it.
-        layers: target layers whose outputs it wants to see; 0 is the embeddings.
+        layers: target layers whose outputs it wants to see; 0 is the embeddings. A drafter that governs another may let
+            it go without.
         begun: the layers that it has already sent its latest drafts through, if any; the target's pass goes on there.
         first: of drafters that are models, their logits [b, V] after each row's newest token, of the latest `propose`;
             of a row that got no draft they mean nothing. None: not known.

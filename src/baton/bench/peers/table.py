@@ -1,9 +1,9 @@
 """The peers by name, loaded when asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from baton.errors import BatonError, UnknownOption, nearest
 
@@ -32,7 +32,7 @@ def make_peers(name: str, writer: "Writer", *, max_new_tokens: int, assistant: s
 
     Raises: UnknownOption for another name; Absent when it cannot take part.
     """
-    made: Sequence[Contender] = _module(name).contenders(writer, max_new_tokens, assistant)
+    made: Sequence[Contender] = _taken(name, lambda: _module(name).contenders(writer, max_new_tokens, assistant))
     return made
 
 
@@ -44,8 +44,19 @@ def make_passes(name: str, model: "PreTrainedModel", context: int, *, bits: int 
         bits: 8 or 4: the peer's own kind of weights in so many, where it has such; 0: the model's dtype.
     Raises: UnknownOption for another name; Absent when it cannot take part.
     """
-    made: Engine = _module(name).Passes(model, context, bits=bits)
+    made: Engine = _taken(name, lambda: _module(name).Passes(model, context, bits=bits))
     return made
+
+
+def _taken(name: str, make: Callable[[], Any]) -> Any:
+    """What a peer makes of a model. Whatever goes wrong in it is the peer's own, and the others go on without it."""
+    try:
+        return make()
+    except BatonError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise Absent(f"{name} is left out: it cannot take this model ({type(error).__name__}: {reason})") from error
 
 
 def _module(name: str) -> ModuleType:

@@ -324,6 +324,18 @@ def test_ctranslate2_writes_the_same_tokens() -> None:
     assert {s.contender for s in told.summaries} == {"plain"}
 
 
+def test_a_peer_that_fails_on_a_model_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise AttributeError("'BartConfig' object has no attribute 'normalize_before'\nand more")
+
+    monkeypatch.setattr("baton.bench.peers.transformers.contenders", broken)
+    done = bench_decode(tiny.language_model("gpt2"), [SUITE.first(1)], peers=["transformers"], batch_sizes=(1,))
+    assert done.run.absent == [
+        "transformers is left out: it cannot take this model (AttributeError: 'BartConfig' object has no attribute "
+        "'normalize_before')"
+    ]
+
+
 def test_an_absent_peer_is_reported_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     monkeypatch.delitem(sys.modules, "baton.bench.peers.ctranslate2", raising=False)

@@ -687,8 +687,9 @@ def test_other_engines_write_what_plain_decoding_writes(name: str, module: str, 
         check=True,
         text=True,
     )
-    peers = [s for s in json.loads(done.stdout)["summaries"] if s["family"] == "peer"]
-    assert len(peers) == 2
+    summaries = json.loads(done.stdout)["summaries"]
+    peers, tokens = [s for s in summaries if s["family"] == "peer"], summaries[0]["tokens"]
+    assert len(peers) == 2 and tokens > 24
     for summary in peers:
         assert summary["contender"].startswith(name)
-        assert (summary["requests"], summary["failed"], summary["different"], summary["tokens"]) == (2, 0, 0, 48)
+        assert (summary["requests"], summary["failed"], summary["different"], summary["tokens"]) == (2, 0, 0, tokens)

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from inspect import Parameter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -21,7 +22,7 @@ from typer.testing import CliRunner, Result
 import baton
 from baton.cli import app
 from baton.cli.app import ORDER
-from baton.cli.command import command
+from baton.cli.command import Command, command
 from baton.cli.options import Machine, expand, field_help, on_cli
 from baton.cli.sources import check_source
 from baton.errors import BatonError, DataError
@@ -727,3 +728,20 @@ def test_info_as_json() -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["machine"]["threads"] == torch.get_num_threads()
     assert "torch" in run("info").stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["--rows", "1,2", "--rows=4", "--json"], ["--rows", "1", "--rows", "2", "--rows", "4", "--json", "-"]),
+        (["--json", "--peer", "a,b"], ["--json", "-", "--peer", "a", "--peer", "b"]),
+        (["--json", "out.json", "--target", "M"], ["--json", "out.json", "M"]),
+        (["--json=-", "M", "--methods", "x:a=1,b=2"], ["--json", "-", "M", "--method", "x:a=1,b=2"]),
+        (["--rows"], ["--rows"]),
+    ],
+)
+def test_lists_with_commas_and_other_names_are_taken(given: list[str], taken: list[str]) -> None:
+    made: Any = Command.__new__(Command)
+    names = ("--rows", "--peer", "--json", "--method", "model")
+    made.params = [SimpleNamespace(opts=[name], is_flag=False) for name in names]
+    assert list(made._plain(given)) == taken

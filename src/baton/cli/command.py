@@ -3,11 +3,12 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from inspect import Parameter
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 from rich.markup import escape
 
 from baton.cli.console import err
@@ -16,7 +17,40 @@ from baton.errors import BatonError
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
+LISTS = ("--rows", "--context", "--batch", "--batch-size", "--peer")  # may also be given in one, with commas
+OTHER_NAMES = {"--methods": "--method", "--peers": "--peer", "--suites": "--suite"}
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+
+class Command(typer.core.TyperCommand):
+    """Takes what people write: `--rows 1,2,4`, `--methods`, `--target MODEL`, and `--json` alone, which is stdout."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(self._plain(args)))
+
+    def _plain(self, args: Sequence[str]) -> Iterator[str]:
+        known = {name for param in self.params if not getattr(param, "is_flag", False) for name in param.opts}
+        given = iter([part for arg in args for part in _parted(arg, known)])
+        for arg in given:
+            name = OTHER_NAMES.get(arg, arg) if arg not in known else arg
+            if name == "--target" and name not in known and "model" in known:
+                continue  # what follows is MODEL
+            if name not in known or name not in (*LISTS, "--json"):
+                yield name
+                continue
+            value = next(given, None)
+            if name == "--json" and (value is None or (value.startswith("-") and value != "-")):
+                yield from (name, "-")
+                if value is not None:
+                    given = iter([value, *given])
+                    yield from self._plain(list(given))
+                    return
+            elif value is None:
+                yield name
+            else:
+                for each in value.split(",") if name in LISTS else (value,):
+                    yield from (name, each)
 
 
 def command(
@@ -40,7 +74,7 @@ def command(
         # typer looks at both; neither may name the dataclasses, which it cannot read
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command(name, help=_unwrap(inspect.getdoc(function) or ""), epilog=_examples(examples))(run)
+        app.command(name, cls=Command, help=_unwrap(inspect.getdoc(function) or ""), epilog=_examples(examples))(run)
         return function
 
     return register
@@ -74,6 +108,12 @@ def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
     """Print the one red line and end the program."""
     err.print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True, highlight=False)
     raise typer.Exit(code)
+
+
+def _parted(arg: str, known: Collection[str]) -> Sequence[str]:
+    """`--name=value` in two, where it is a list or JSON."""
+    name, equals, value = arg.partition("=")
+    return (name, value) if equals and name in known and name in (*LISTS, "--json") else (arg,)
 
 
 def _examples(lines: Sequence[str]) -> str:

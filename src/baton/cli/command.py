@@ -31,26 +31,20 @@ class Command(typer.core.TyperCommand):
 
     def _plain(self, args: Sequence[str]) -> Iterator[str]:
         known = {name for param in self.params if not getattr(param, "is_flag", False) for name in param.opts}
-        given = iter([part for arg in args for part in _parted(arg, known)])
-        for arg in given:
-            name = OTHER_NAMES.get(arg, arg) if arg not in known else arg
+        given = [part for arg in args for part in _parted(arg, known)]
+        while given:
+            arg = given.pop(0)
+            name = arg if arg in known else OTHER_NAMES.get(arg, arg)
             if name == "--target" and name not in known and "model" in known:
                 continue  # what follows is MODEL
-            if name not in known or name not in (*LISTS, "--json"):
-                yield name
-                continue
-            value = next(given, None)
-            if name == "--json" and (value is None or (value.startswith("-") and value != "-")):
-                yield from (name, "-")
-                if value is not None:
-                    given = iter([value, *given])
-                    yield from self._plain(list(given))
-                    return
-            elif value is None:
-                yield name
-            else:
-                for each in value.split(",") if name in LISTS else (value,):
+            if name in LISTS and name in known and given:
+                for each in given.pop(0).split(","):
                     yield from (name, each)
+                continue
+            yield name
+            alone = not given or (given[0].startswith("-") and given[0] != "-")
+            if name == "--json" and name in known and alone:
+                yield "-"
 
 
 def command(

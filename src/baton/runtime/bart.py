@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from baton.models.adapter import EncoderDecoder
-from baton.models.writer import PromptInputs
 from baton.runtime.encoders import NativeEncoderDecoder, Reader
 from baton.runtime.native import DTYPES, LastNorm, Layer, Parts, Stack, around, shape, writable
 
@@ -33,14 +32,8 @@ class NativeBart(NativeEncoderDecoder, EncoderDecoder):
         self.enter_by_table(parts, places=self.places, first=self.first, width=_width(decoder))
         self.reader = BartReader(self.encoder)
 
-    def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
-        states = inputs.states
-        if states is None:
-            embeds = inputs.embeds
-            if embeds is None:
-                embeds = self.encoder.get_input_embeddings()(inputs.ids).float() * _beside(self.encoder)
-            states = self.reader(embeds, inputs.mask)
-        return states, inputs.mask.bool()[:, None, None, :]
+    def embed_prompts(self, ids: Any) -> Tensor:
+        return super().embed_prompts(ids).float() * _beside(self.encoder)
 
 
 class BartReader(Reader):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from baton.cache import Memory
+from baton.models.writer import PromptInputs
 from baton.runtime.native import TOKENS_AT_ONCE, LastNorm, Layer, Native, Parts, Rows, Stack, apply, writable
 
 
@@ -13,10 +14,25 @@ class NativeEncoderDecoder(Native):
     """An encoder-decoder.
 
     Attributes:
+        reader: the native encoder.
         reading: per layer, the maps that make keys and values of the encoder's states.
     """
 
+    encoder: Any  # the stock one
+    reader: "Reader"
     reading: list[tuple[Any, Any]]
+
+    def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
+        states = inputs.states
+        if states is None:
+            embeds = self.embed_prompts(inputs.ids) if inputs.embeds is None else inputs.embeds
+            states = self.reader(embeds, inputs.mask)
+        return states, inputs.mask.bool()[:, None, None, :]
+
+    def embed_prompts(self, ids: Any) -> Tensor:
+        """What the encoder is given of int64 ids [b, m]."""
+        embeds: Tensor = self.encoder.get_input_embeddings()(ids)
+        return embeds
 
     def surroundings(self, memory: Memory, reach: int) -> dict[str, Any]:
         cross = memory.cross

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 
 from baton.cache import Memory
 from baton.models.adapter import T5
-from baton.models.writer import PromptInputs
 from baton.runtime.encoders import NativeEncoderDecoder, Reader
 from baton.runtime.native import DTYPES, LastNorm, Layer, Native, Parts, Stack, around, shape
 
@@ -29,13 +28,6 @@ class NativeT5(NativeEncoderDecoder, T5):
         self.stack.set_bias(self.bias_by_distance.T, 0)
         self.enter_by_table(parts, scale=self.scale)
         self.reader = T5Reader(self.encoder)
-
-    def encode(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
-        states = inputs.states
-        if states is None:
-            embeds = self.encoder.get_input_embeddings()(inputs.ids) if inputs.embeds is None else inputs.embeds
-            states = self.reader(embeds, inputs.mask)
-        return states, inputs.mask.bool()[:, None, None, :]
 
     def unembed(self, hidden: Tensor) -> Tensor:
         return Native.unembed(self, hidden if self.scale is None else hidden * self.scale)
